@@ -1,0 +1,74 @@
+"""``plait tokenizer train``: a vocabulary from text, saved as a folder that a config names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, Literal
+
+import typer
+
+from plait.cli.terminal import pairs, seconds, size, stderr, stdout
+
+_MEASURED_BYTES = 1 << 20  # of text, to say how many bytes a token stands for
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train a tokenizer.")
+
+
+@app.callback()
+def tokenizer() -> None:
+    """Train a tokenizer."""
+
+
+@app.command()
+def train(
+    data: Annotated[list[str], typer.Option(help="Files, a folder or a glob of text; may be given again")],
+    out: Annotated[str, typer.Option(help="The folder to write")],
+    type: Annotated[
+        Literal["bpe", "wordpiece", "unigram", "characters", "sentencepiece", "bytes"], typer.Option(help="Its kind")
+    ] = "bpe",
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens, special ones among them; by default 8192, or all characters")
+    ] = None,
+    format: Annotated[
+        Literal["auto", "text", "jsonl", "parquet"], typer.Option(help="Of the data; auto: by the file's ending")
+    ] = "auto",
+    field: Annotated[str, typer.Option(help="The key or column that holds the text")] = "text",
+    special_token: Annotated[
+        list[str] | None, typer.Option(help="A token that is never split; may be given again")
+    ] = None,
+    lowercase: Annotated[bool, typer.Option("--lowercase", help="Lower the case of all text")] = False,
+) -> None:
+    """Train a tokenizer on text and save it in a folder."""
+    from plait.config.data import TokenizerConfig
+    from plait.data.documents import read_documents
+    from plait.tokenizers import train_tokenizer
+    from plait.tokenizers.base import to_bytes
+
+    config = TokenizerConfig(type=type, vocab_size=vocab_size, special_tokens=special_token, lowercase=lowercase)
+    begin = time.perf_counter()
+    n_bytes = 0
+    sample: list[str | bytes] = []
+
+    def texts() -> Iterator[str | bytes]:
+        nonlocal n_bytes
+        for document in read_documents(data, format, field):
+            if n_bytes < _MEASURED_BYTES:
+                sample.append(document.text[: _MEASURED_BYTES - n_bytes])
+            n_bytes += len(to_bytes(document.text))
+            yield document.text
+
+    with stderr().status("training the tokenizer"):
+        trained = train_tokenizer(config, texts())
+        trained.save(out)
+    took = time.perf_counter() - begin
+    rows = [("vocabulary", f"{trained.vocab_size} tokens, {len(trained.special_tokens)} of them special")]
+    if n_bytes:
+        n_ids = sum(map(len, trained.encode_batch(islice(sample, 1000))))
+        measured = sum(len(to_bytes(text)) for text in islice(sample, 1000))
+        rows.append(("text", f"{size(n_bytes)} in {seconds(took)}"))
+        rows.append(("a token", f"{measured / max(1, n_ids):.2f} bytes of it on average"))
+    rows.append(("saved in", out))
+    stdout().print(pairs(rows))
+    stdout().print(f"\nnext: plait train CONFIG --tokenizer.type={trained.type} --tokenizer.path={out}")

@@ -1,0 +1,92 @@
+"""A training run as data: how long, which objective, optimizer, schedule, what is written when."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from plait.config.errors import ConfigError
+from plait.config.section import Section
+
+
+class TrainingConfig(Section):
+    """How a model is trained."""
+
+    objective: Literal["causal_lm", "masked_lm", "classification"] = Field(
+        "causal_lm", description="what is learnt"
+    )
+    steps: int = Field(1000, gt=0, description="updates of the weights")
+    minutes: float | None = Field(
+        None, gt=0, description="stop after this wall time; the schedule follows it"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the data; sets the number of steps instead"
+    )
+
+    batch_tokens: int = Field(16384, gt=0, description="tokens an update, over all ranks")
+    micro_batch_tokens: int | None = Field(
+        None, gt=0, description="tokens a forward on one rank; null: all at once"
+    )
+
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: matrices by Muon, the rest by AdamW"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    muon_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of Muon, its updates scaled to AdamW's size; null: lr"
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
+    embedding_lr: float | None = Field(None, gt=0, description="peak learning rate of embeddings; null: lr")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averages of gradient and square")
+    eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the square")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; embeddings and vectors have none")
+    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: any")
+
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="after warmup; wsd: constant, then down over decay_fraction"
+    )
+    warmup: int | float = Field(0.02, ge=0, description="steps if whole, a share of the run if below 1")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last share of the run, going down")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate as a share of the peak")
+
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of matrix products; weights are fp32"
+    )
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="masked_lm: share of the tokens to predict")
+
+    eval_every: int = Field(200, ge=0, description="steps between evaluations; 0: at the end alone")
+    eval_tokens: int | None = Field(131072, gt=0, description="held-out tokens an evaluation; null: all")
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
+    sample_prompts: list[str] = Field(default_factory=lambda: [""], description="what the samples begin with")
+    sample_tokens: int = Field(128, gt=0, description="length of a sample")
+    checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0: at the end alone")
+    keep_checkpoints: int = Field(2, gt=0, description="older ones are removed")
+
+    out: str | None = Field(None, description="the run folder; null: runs/<experiment_name>")
+    seed: int = Field(0, ge=0, description="of the weights, the order of the data, dropout and samples")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(None, gt=0, description="CPU threads; null: torch's choice")
+    parallel: Literal["replicate", "shard"] = Field(
+        "replicate", description="over ranks: whole copies, or FSDP2"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute each block in backward: less memory")
+    compile: bool = Field(False, description="torch.compile")
+    deterministic: bool = Field(False, description="refuse operations whose result varies from run to run")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"each must be at least 0 and below 1; got {list(self.betas)}", ("betas",))
+        if self.warmup >= 1 and not float(self.warmup).is_integer():
+            raise ConfigError(
+                f"expected a whole number of steps, or a share of the run below 1; got {self.warmup}",
+                ("warmup",),
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens > self.batch_tokens:
+            raise ConfigError(
+                f"expected at most batch_tokens, {self.batch_tokens}; got {self.micro_batch_tokens}",
+                ("micro_batch_tokens",),
+            )
+        return self

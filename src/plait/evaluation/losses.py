@@ -1,0 +1,238 @@
+"""What each token of each document costs a causal model: each predicted once, from its own document alone.
+
+A document that fits into the context goes through the model in one piece, packed with others of like length.
+A longer one goes in chunks. *Carried*: through the cache, so the states of recurrent layers reach back to the
+document's beginning and the keys and values of attention up to ``max_context`` tokens; several documents side
+by side, each lane taking the next one when its document ends, so memory does not grow with the documents.
+*Windows*, for models with learned positions or layers without state: overlapping pieces of ``max_context``
+tokens, each run from nothing, of which the second half is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plait.config.errors import ConfigError
+from plait.inference.decoding import check_generates, evaluating
+from plait.mixers.attention import Attention
+from plait.models.block import Block
+from plait.models.cache import Cache
+from plait.models.model import Model
+
+_BATCH_TOKENS = 8192
+_BATCH_LOGITS = 1 << 25  # logits of one call: 128 MiB in float32
+_CHUNK = 512  # tokens of a document a call, and more when fewer documents are left
+_WHOLE = 1 << 16  # tokens of the longest document that attention takes in one piece
+_HELD_TOKENS = 1 << 18  # keys and values of all lanes together, where whole documents are kept
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens ``begin`` to ``end`` of a document, of which those from ``count`` on are counted."""
+
+    document: int
+    begin: int
+    end: int
+    count: int
+
+
+def token_losses(
+    model: Model,
+    documents: Sequence[Sequence[int] | np.ndarray | Tensor],
+    *,
+    start: int | None,
+    max_context: int | None = None,
+    carry: bool | None = None,
+    batch_tokens: int | None = None,
+) -> list[Tensor]:
+    """Nats of every token of every document, one vector a document, on the host.
+
+    Documents are ids without special tokens; ``start`` (bos) stands before each as its context. Without one a
+    document's first token costs what it costs to guess it, ln(V). ``max_context``: the most tokens that
+    attention looks back (while carried, between half and all of it); None: the whole document. ``carry``: see
+    above; None: wherever the model can. ``batch_tokens``: tokens a call, which bounds the memory.
+    """
+    check_generates(model)
+    if max_context is not None and max_context < 2:
+        raise ConfigError(f"max_context is {max_context}; it must be at least 2, or None for whole documents")
+    texts = [torch.as_tensor(np.asarray(d, dtype=np.int64)) for d in documents]
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    run = _Run(
+        model, texts, start, [torch.full((len(t),), math.log(model.vocab_size), dtype=dtype) for t in texts]
+    )
+    budget = batch_tokens or max(_CHUNK, min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocab_size))
+    grows = not all(_bounded(block) for block in _blocks(model))
+    window = max_context
+    if model.config.embedding.position == "learned":
+        window = min(window or model.config.embedding.max_positions, model.config.embedding.max_positions)
+    carries = can_carry(model) if carry is None else carry
+    if carries and not can_carry(model):
+        raise ConfigError("carry is set, but the model has learned positions or a layer that keeps no state")
+    # a recurrence likes many sequences side by side, attention without a cache whole documents
+    whole_most = max(budget, min(_WHOLE, _BATCH_LOGITS // model.vocab_size))
+    fits = (window or whole_most if grows else _CHUNK) if carries else None
+    sizes = [run.length(i) for i in range(len(texts))]
+    long = [i for i, n in enumerate(sizes) if carries and fits is not None and n > fits]
+    whole = sorted(set(range(len(texts))) - set(long), key=lambda i: sizes[i])
+    with torch.no_grad(), evaluating(model):
+        for batch in _batches([p for i in whole for p in _windows(i, sizes[i], window)], budget):
+            run.forward(batch)
+        if long:
+            run.carried(sorted(long, key=lambda i: -sizes[i]), budget, window, grows)
+    return run.losses
+
+
+def can_carry(model: Model) -> bool:
+    """Whether a document's state can be carried from chunk to chunk, whatever its length."""
+    learned = model.config.embedding.position == "learned"
+    return model.stateful and not learned and all(_bounded(b) or _is_ring(b) for b in _blocks(model))
+
+
+@dataclass
+class _Run:
+    """Documents on their way through a model; ``losses`` are filled in piece by piece."""
+
+    model: Model
+    texts: list[Tensor]
+    start: int | None
+    losses: list[Tensor]
+
+    def length(self, document: int) -> int:
+        """How many tokens of a document are predicted, and as many are read."""
+        return max(0, len(self.texts[document]) - (self.start is None))
+
+    def inputs(self, piece: _Piece) -> Tensor:
+        """The tokens that the model reads to predict a piece: those one place before it."""
+        text = self.texts[piece.document]
+        if self.start is None:
+            return text[piece.begin : piece.end]
+        if piece.begin:
+            return text[piece.begin - 1 : piece.end - 1]
+        return torch.cat([torch.tensor([self.start]), text[: max(0, piece.end - 1)]])
+
+    def targets(self, piece: _Piece) -> Tensor:
+        """The tokens of a piece."""
+        skip = int(self.start is None)
+        return self.texts[piece.document][piece.begin + skip : piece.end + skip]
+
+    def forward(self, pieces: Sequence[_Piece]) -> None:
+        """Run pieces from nothing, side by side."""
+        ids, bounds = _side_by_side([self.inputs(p) for p in pieces], self.model.device)
+        self.take(pieces, self.model(ids, cu_seqlens=bounds).logits)
+
+    def take(self, pieces: Sequence[_Piece], logits: Tensor) -> None:
+        """Note the cost of pieces from their logits, (1, n, V) or (S, T, V)."""
+        targets = torch.cat([self.targets(p) for p in pieces]).to(logits.device)
+        flat = logits.flatten(0, 1)
+        nats = F.cross_entropy(
+            flat if flat.dtype == torch.float64 else flat.float(), targets, reduction="none"
+        )
+        skip = int(self.start is None)
+        for piece, part in zip(pieces, nats.cpu().split([p.end - p.begin for p in pieces]), strict=True):
+            self.losses[piece.document][piece.count + skip : piece.end + skip] = part[
+                piece.count - piece.begin :
+            ]
+
+    def carried(self, documents: Sequence[int], budget: int, window: int | None, grows: bool) -> None:
+        """Run documents in chunks, each lane of the cache one document after another."""
+        longest = self.length(documents[0])
+        most = window // 2 if window is not None and grows else budget  # tokens of a document a call
+        lanes = min(len(documents), budget // min(_CHUNK, most))
+        if grows:
+            lanes = min(lanes, _HELD_TOKENS // (window or longest))
+        lanes = max(1, lanes)
+        blank = _ring_cache(self.model, 1, longest, window)
+        cache = _ring_cache(self.model, lanes, longest, window)
+        waiting = list(reversed(documents))
+        at: list[tuple[int, int]] = [(waiting.pop(), 0) for _ in range(lanes)]
+        while at:
+            size = max(1, min(most, budget // len(at)))
+            pieces = [_Piece(i, a, min(a + size, self.length(i)), a) for i, a in at]
+            ids, bounds = _side_by_side([self.inputs(p) for p in pieces], self.model.device)
+            self.take(pieces, self.model.step(ids, cache, cu_seqlens=bounds))
+            at = [(p.document, p.end) for p in pieces]
+            for lane, (document, done) in enumerate(at):
+                if done == self.length(document) and waiting:
+                    at[lane] = (waiting.pop(), 0)
+                    _reset(cache, lane, blank)
+            busy = [lane for lane, (document, done) in enumerate(at) if done < self.length(document)]
+            if len(busy) < len(at):
+                at, cache = [at[lane] for lane in busy], cache.select(busy)
+
+
+def _windows(document: int, length: int, window: int | None) -> Iterator[_Piece]:
+    if length == 0:
+        return
+    end = length if window is None else min(window, length)
+    yield _Piece(document, 0, end, 0)
+    while window is not None and end < length:
+        done, end = end, min(end + window // 2, length)
+        yield _Piece(document, end - window, end, done)
+
+
+def _batches(pieces: Sequence[_Piece], budget: int) -> Iterator[list[_Piece]]:
+    """Consecutive pieces of at most ``budget`` tokens together, or one piece alone."""
+    batch: list[_Piece] = []
+    held = 0
+    for piece in pieces:
+        size = piece.end - piece.begin
+        if batch and held + size > budget:
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += size
+    if batch:
+        yield batch
+
+
+def _side_by_side(pieces: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Dense (S, T) and None if all are equally long, else one row (1, n) and its bounds (S+1,)."""
+    if len({len(p) for p in pieces}) == 1:
+        return torch.stack(list(pieces)).to(device), None
+    bounds = torch.tensor([0, *accumulate(len(p) for p in pieces)], dtype=torch.int32)
+    return torch.cat(list(pieces))[None].to(device), bounds
+
+
+def _ring_cache(model: Model, n_seq: int, longest: int, window: int | None) -> Cache:
+    """A cache for documents of up to ``longest`` tokens in which attention keeps only the last ``window``.
+
+    Attention writes position p to slot p mod R of its R slots, and so forgets the oldest by itself when there
+    are fewer slots than positions. Layers with a window of their own keep that.
+    """
+    states = []
+    for block in _blocks(model):
+        slots = longest if window is None or _bounded(block) else min(window, longest)
+        states.append(block.mixer.init_state(n_seq, slots, model.device, model.dtype))
+    return Cache(states, torch.zeros(n_seq, dtype=torch.int64, device=model.device), [0] * n_seq, longest)
+
+
+def _reset(cache: Cache, lane: int, blank: Cache) -> None:
+    """Make a lane as it was before its first token."""
+    for state, first in zip(cache.states, blank.states, strict=True):
+        for name, tensor in state.items():
+            tensor[lane] = first[name][0]
+    cache.positions[lane] = 0
+    cache.lengths[lane] = 0
+
+
+def _bounded(block: Block) -> bool:
+    """Whether a layer's state stays as large as it is, however many tokens come."""
+    large = 1 << 24
+    return block.mixer.state_bytes(1, large) == block.mixer.state_bytes(1, 2 * large)
+
+
+def _is_ring(block: Block) -> bool:
+    return isinstance(block.mixer, Attention)
+
+
+def _blocks(model: Model) -> list[Block]:
+    return list(cast(list[Block], model.blocks))

@@ -1,0 +1,1 @@
+"""Inference: prefill, decode, sample as small functions, and generation composed of them."""

@@ -1,0 +1,216 @@
+"""Softmax attention: multi-head, grouped or multi-query; full or partial RoPE; QK norm; sliding window.
+
+Glossary: H heads, Hk key/value heads, P head width, R slots of the ring buffer that holds keys and values.
+Position p lives in slot p mod R. Without a window R is the capacity, so the slot is the position.
+Sources: arXiv 1706.03762 (attention), 2305.13245 (grouped queries), 2104.09864 (RoPE), 2004.05150 (window).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from plait.config.errors import BuildError
+from plait.config.options import Options as MixerOptions
+from plait.mixers.contract import Layout, Mixer, State, linear_flops
+from plait.nn.linear import make_linear
+from plait.nn.rope import apply_rope
+from plait.ops.attention import attention, cached_attention
+
+
+class Options(MixerOptions):
+    """Options of attention."""
+
+    n_head: int | None = Field(None, gt=0, description="heads; None: one for every 64 channels, at least one")
+    n_kv_head: int | None = Field(None, gt=0, description="key/value heads; None: as many as heads")
+    headdim: int | None = Field(None, gt=0, description="width of a head; None: d_model / n_head")
+    rope: bool = Field(True, description="rotary position embedding")
+    rope_base: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rope_fraction: float = Field(1.0, gt=0, le=1, description="share of a head's channels that is rotated")
+    rope_interleaved: bool = Field(False, description="rotate pairs (2i, 2i+1) instead of (i, i + half)")
+    qk_norm: bool = Field(False, description="RMS norm without weights on queries and keys, after RoPE")
+    window: int | None = Field(None, gt=0, description="a token sees itself and window-1 tokens before it")
+    scale: float | None = Field(None, description="factor of the scores; None: headdim ** -0.5")
+    bias: bool = Field(False, description="bias of the query, key and value projections")
+    out_bias: bool | None = Field(None, description="bias of the output projection; None: as `bias`")
+    attn_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the attention weights")
+    causal: bool | None = Field(None, description="look only back; None: as the model")
+
+
+class Attention(Mixer):
+    """Multi-head attention over (S, T, d_model); its state is the keys and values of the past."""
+
+    options_class: ClassVar = Options
+    normal_init: ClassVar = True
+
+    def __init__(
+        self,
+        options: Options,
+        d_model: int,
+        *,
+        causal: bool = True,
+        layer_index: int = 0,
+        linear: str = "dense",
+    ) -> None:
+        super().__init__(
+            d_in=d_model, d_out=d_model, causal=causal if options.causal is None else options.causal
+        )
+        self.n_head = options.n_head or max(1, d_model // 64)
+        self.n_kv_head = options.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise BuildError(
+                f"layer {layer_index} (attention): n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
+        if options.headdim is None and d_model % self.n_head:
+            raise BuildError(
+                f"layer {layer_index} (attention): d_model {d_model} is not a multiple of n_head {self.n_head}; "
+                "choose another n_head or give headdim"
+            )
+        self.headdim = options.headdim or d_model // self.n_head
+        self.n_angles = int(self.headdim * options.rope_fraction) // 2 if options.rope else 0
+        self.rope_base = options.rope_base
+        self.rope_interleaved = options.rope_interleaved
+        self.qk_norm = options.qk_norm
+        self.window = options.window
+        self.scale = options.scale
+        self.attn_dropout = options.attn_dropout
+        width = (self.n_head + 2 * self.n_kv_head) * self.headdim
+        out_bias = options.bias if options.out_bias is None else options.out_bias
+        self.in_proj = make_linear(d_model, width, bias=options.bias, kind=linear)
+        self.out_proj = make_linear(self.n_head * self.headdim, d_model, bias=out_bias, kind=linear)
+
+    def residual_weights(self) -> list[Tensor]:
+        """The output projection."""
+        return [self.out_proj.weight]
+
+    def init_state(
+        self,
+        n_seq: int,
+        capacity: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Zeroed ring buffers k, v (S, R, Hk, P), R = min(capacity, window)."""
+        if not self.causal:
+            return super().init_state(n_seq, capacity, device, dtype)
+        size = capacity if self.window is None else min(capacity, self.window)
+        shape = (n_seq, size, self.n_kv_head, self.headdim)
+        return State({name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")})
+
+    def forward(self, x: Tensor, layout: Layout, state: State | None = None) -> tuple[Tensor, State | None]:
+        """See the contract; with a state the new keys and values are appended to copies of its buffers."""
+        q, k, v = self._project(x, layout)
+        if state is None:
+            y = attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                window=self.window,
+                scale=self.scale,
+                cu_seqlens=layout.cu_seqlens,
+                max_len=layout.max_new,
+                dropout=self.attn_dropout if self.training else 0.0,
+            )
+            return self.out_proj(y.flatten(-2)), None
+        self.refuse_state(None if self.causal else state)
+        y = self._attend_past(q, k, v, layout, state)
+        new = State({n: _append(state[n], t, layout, state[n].shape[1]) for n, t in (("k", k), ("v", v))})
+        return self.out_proj(y.flatten(-2)), new
+
+    @torch.no_grad()
+    def step(self, x: Tensor, layout: Layout, state: State) -> Tensor:
+        """Write only the new keys and values where no slot is written twice, then read the buffers."""
+        q, k, v = self._project(x, layout)
+        if self.window is not None and layout.max_new != 1:
+            y = self._attend_past(q, k, v, layout, state)
+            for name, t in (("k", k), ("v", v)):
+                state[name].copy_(_append(state[name], t, layout, state[name].shape[1]))
+            return self.out_proj(y.flatten(-2))
+        rows = layout.seq_index
+        if rows is None:
+            rows = torch.arange(layout.n_seq, device=x.device)[:, None]
+        for name, t in (("k", k), ("v", v)):
+            buffer = state[name]
+            slot = layout.positions.remainder(max(1, buffer.shape[1]))
+            where = (rows, slot if layout.seq_index is None else slot[0])
+            buffer.index_put_(where, (t if layout.seq_index is None else t[0]).to(buffer.dtype))
+        return self.out_proj(self._read(q, state["k"], state["v"], layout).flatten(-2))
+
+    def flops(self, n_new: int, n_past: int = 0) -> int:
+        """Projections, and two products of each query with the keys it sees."""
+        reach = n_past + n_new if self.window is None else min(self.window, n_past + n_new)
+        # without a window and causal, query i sees n_past + i + 1 keys
+        seen = n_past * n_new + n_new * (n_new + 1) // 2 if self.causal and reach > n_new else n_new * reach
+        return n_new * linear_flops(self) + 4 * seen * self.n_head * self.headdim
+
+    def _project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.in_proj(x).unflatten(-1, (-1, self.headdim))
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], -2)
+        q, k = self._positioned(q, layout), self._positioned(k, layout)
+        return q, k, v
+
+    def _positioned(self, x: Tensor, layout: Layout) -> Tensor:
+        if self.n_angles:
+            x = apply_rope(
+                x,
+                layout.positions,
+                base=self.rope_base,
+                n_angles=self.n_angles,
+                interleaved=self.rope_interleaved,
+            )
+        return F.rms_norm(x, (self.headdim,)) if self.qk_norm else x
+
+    def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: State) -> Tensor:
+        """Attend to past and new tokens through temporary buffers large enough for both."""
+        size = state["k"].shape[1]
+        if self.window is not None:
+            size = min(layout.max_past + layout.max_new, self.window - 1 + layout.max_new)
+        return self._read(
+            q, _append(state["k"], k, layout, size), _append(state["v"], v, layout, size), layout
+        )
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Attention of the new queries over buffers that hold the new keys already."""
+        positions = (
+            layout.positions if layout.seq_index is None else layout.pad(layout.positions[..., None])[..., 0]
+        )
+        y = cached_attention(
+            layout.pad(q),
+            k,
+            v,
+            positions,
+            layout.start + layout.lengths,
+            window=self.window,
+            scale=self.scale,
+            max_keys=layout.max_past + layout.max_new,
+        )
+        return layout.unpad(y)
+
+
+def _append(ring: Tensor, new: Tensor, layout: Layout, size: int) -> Tensor:
+    """The ring (S, R, Hk, P) with the new tokens' entries in it, as a new ring of ``size`` slots.
+
+    A gather instead of a scatter: slot j holds the last position p = j (mod size) below the total, and that
+    position is either new or in the old ring; so no slot is written twice, whatever the lengths.
+    """
+    n_tokens = new.shape[0] * new.shape[1]
+    if size == 0 or n_tokens == 0:
+        return ring.clone() if size == ring.shape[1] else ring.new_zeros(ring.shape[0], size, *ring.shape[2:])
+    last = (layout.start + layout.lengths - 1)[:, None]
+    position = last - torch.remainder(last - torch.arange(size, device=ring.device), size)  # (S, size)
+    offset = position - layout.start[:, None]
+    first = (
+        torch.arange(layout.n_seq, device=ring.device) * new.shape[1]
+        if layout.cu_seqlens is None
+        else layout.cu_seqlens[:-1].to(torch.int64)
+    )
+    token = (first[:, None] + offset).clamp(0, n_tokens - 1)
+    fresh = new.flatten(0, 1)[token].to(ring.dtype)
+    rows = torch.arange(layout.n_seq, device=ring.device)[:, None]
+    kept = ring[rows, position.remainder(ring.shape[1])] if ring.shape[1] else torch.zeros_like(fresh)
+    return torch.where((offset >= 0)[..., None, None], fresh, kept)

@@ -1,0 +1,122 @@
+"""A block: norm, mixer, residual; then optionally norm, mlp, residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from plait.config.errors import BuildError
+from plait.config.schema import LayerConfig
+from plait.config.table import mixer_class
+from plait.mixers.contract import Layout, Mixer, State
+from plait.nn.mlp import MLP
+from plait.nn.norm import make_norm
+from plait.nn.roles import VECTOR_FP32, Role
+
+
+class InputMix(nn.Module):
+    """Learned scales on what enters a block: scale * x + share * embedded (both optional)."""
+
+    roles: ClassVar[dict[str, Role]] = {"scale": VECTOR_FP32, "share": VECTOR_FP32}
+
+    def __init__(self, *, scaled: bool, embedded: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(())) if scaled else None
+        self.share = nn.Parameter(torch.empty(())) if embedded else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as the identity."""
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+        if self.share is not None:
+            nn.init.zeros_(self.share)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """x and embedded: (..., d_model)."""
+        if self.scale is not None:
+            x = x * self.scale.to(x.dtype)
+        return x if self.share is None else x + self.share.to(x.dtype) * embedded
+
+
+class Block(nn.Module):
+    """One strand of the plait: a mixer of any kind with its norms, residuals and MLP."""
+
+    def __init__(self, layer: LayerConfig, d_in: int, *, causal: bool, index: int) -> None:
+        super().__init__()
+        self.kind = layer.kind
+        options = layer.block
+        self.place = options.norm.place
+        self.residual = options.residual.kind != "none"
+        normed = self.place != "none" and options.norm.kind != "none"
+        self.mixer: Mixer = mixer_class(layer.kind)(
+            layer.options, d_in, causal=causal, layer_index=index, linear=options.linear
+        )
+        d_out = self.mixer.d_out
+        if self.mixer.d_in != d_in:
+            raise BuildError(
+                f"layer {index} ({layer.kind}) takes width {self.mixer.d_in} but is given {d_in}"
+            )
+        if self.residual and d_out != d_in:
+            raise BuildError(
+                f"layer {index} ({layer.kind}) turns width {d_in} into {d_out}, which its residual cannot add: "
+                "make them equal or set residual: none"
+            )
+        self.d_out = d_out
+        mixes = options.residual.kind == "scaled" or options.residual.embedded
+        self.input_mix = (
+            InputMix(scaled=options.residual.kind == "scaled", embedded=options.residual.embedded)
+            if mixes
+            else None
+        )
+        self.norm1 = (
+            make_norm(options.norm, d_out if self.place == "post" else d_in) if normed else nn.Identity()
+        )
+        self.mlp = MLP(options.mlp, d_out, linear=options.linear) if options.mlp.kind != "none" else None
+        self.norm2 = make_norm(options.norm, d_out) if normed and self.mlp is not None else nn.Identity()
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(
+        self, x: Tensor, layout: Layout, state: State | None = None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """x (S, T, d_in) or packed (1, n, d_in) -> the same form, d_out wide, and the mixer's new state."""
+        new: State | None = None
+
+        def mix(h: Tensor) -> Tensor:
+            nonlocal new
+            y, new = self.mixer(h, layout, state)
+            return y
+
+        return self._run(x, mix, embedded), new
+
+    @torch.no_grad()
+    def step(self, x: Tensor, layout: Layout, state: State, embedded: Tensor | None = None) -> Tensor:
+        """The same numbers; the mixer's state is updated in place."""
+        return self._run(x, lambda h: self.mixer.step(h, layout, state), embedded)
+
+    def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor], embedded: Tensor | None) -> Tensor:
+        if self.input_mix is not None:
+            assert embedded is not None
+            x = self.input_mix(x, embedded)
+        x = self._branch(x, mix, self.norm1, self.residual)
+        return x if self.mlp is None else self._branch(x, self.mlp, self.norm2, True)
+
+    def _branch(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module, residual: bool
+    ) -> Tensor:
+        y = self.dropout(branch(norm(x) if self.place == "pre" else x))
+        if residual:
+            y = x + y
+        return norm(y) if self.place == "post" else y
+
+    def residual_weights(self) -> list[Tensor]:
+        """The weights of this block that write into the residual stream."""
+        mlp = [] if self.mlp is None else self.mlp.residual_weights()
+        return (self.mixer.residual_weights() if self.residual else []) + mlp
+
+    def flops(self, n_new: int, n_past: int = 0) -> int:
+        """Operations of the mixer and the MLP; norms and activations are not counted."""
+        return self.mixer.flops(n_new, n_past) + (0 if self.mlp is None else self.mlp.flops(n_new))

@@ -1,0 +1,1 @@
+"""Layers without memory, and the roles of their parameters."""

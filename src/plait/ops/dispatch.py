@@ -1,0 +1,174 @@
+"""Choose the backend of an op, and say why.
+
+The order of choice is: the op's `backend` argument, `with use_backend(name)`, the environment variable
+PLAIT_BACKEND, automatic. A backend that was asked for by name and cannot run raises `BackendError` with the
+reason; the automatic choice takes the next one and logs that once. An op declares an `Op`: its name and a table
+from backend to "module:function", naming only the backends that exist. Modules are loaded when first chosen.
+
+`choose` is traced by torch.compile: the functions marked as constant below run while tracing, and the chosen
+function is then traced itself. `use_backend` is guarded (a compiled function follows it); PLAIT_BACKEND is read
+once per compilation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from plait.config.errors import BackendError, nearest
+
+BACKENDS: tuple[str, ...] = ("gpu", "cpu", "portable", "reference")
+AUTO = "auto"
+_PACKAGE = {"gpu": "triton", "cpu": "numba"}
+_DEVICE = {"gpu": "cuda", "cpu": "cpu"}
+_log = logging.getLogger("plait.ops")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's name and its table from backend to "module:function" (only backends that exist)."""
+
+    name: str
+    targets: Mapping[str, str]
+
+
+class Row(NamedTuple):
+    """One line of `table()`: can this backend of this op run on this machine, and if not, why."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+class _Chosen:
+    """The name set by `use_backend`; a plain object, because torch.compile guards its attribute.
+
+    It belongs to the process, not to a thread.
+    """
+
+    name: str | None = None
+
+
+_chosen = _Chosen()
+_loaded: dict[str, Callable[..., Any]] = {}
+_said: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op uses backend `name` ("auto" undoes an outer choice).
+
+    Raises BackendError for an unknown name. Holds for the whole process, so do not change it from two threads.
+    """
+    _check_name(name)
+    before, _chosen.name = _chosen.name, name
+    try:
+        yield
+    finally:
+        _chosen.name = before
+
+
+def choose(op: Op, backend: str | None, device: torch.device) -> Callable[..., Any]:
+    """Return the function that computes `op` for tensors on `device`.
+
+    `backend` is the op's argument: a name in BACKENDS, "auto", or None to follow use_backend, PLAIT_BACKEND, auto.
+    Raises BackendError when a backend asked for by name is unknown or cannot run here.
+    """
+    return _load(op.targets[choose_name(op, backend, device.type)])
+
+
+def choose_name(op: Op, backend: str | None, device_type: str) -> str:
+    """The name of the backend that `choose` takes; same arguments and errors."""
+    name = backend or _chosen.name or _environment() or AUTO
+    _check_name(name)
+    if name != AUTO:
+        reason = _why_not(op, name, device_type)
+        if reason:
+            raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
+        return name
+    for candidate in BACKENDS:
+        if candidate not in op.targets or _DEVICE.get(candidate, device_type) != device_type:
+            continue
+        reason = _why_not(op, candidate, device_type)
+        if not reason:
+            return candidate
+        _say_once(op.name, candidate, reason)
+    raise BackendError(f"{op.name}: no backend can run on device {device_type!r}; it has {_names(op)}")
+
+
+def table() -> list[Row]:
+    """Every op's backends on this machine, for `plait doctor`."""
+    from plait.ops import OPERATORS
+
+    rows = []
+    for path in OPERATORS:
+        op = _load(path)
+        assert isinstance(op, Op)
+        for backend in BACKENDS:
+            reason = _why_not(op, backend, _DEVICE.get(backend, "cpu"))
+            if not reason and backend == "gpu" and not torch.cuda.is_available():
+                reason = "torch sees no GPU"
+            rows.append(Row(op.name, backend, not reason, reason))
+    return rows
+
+
+def _why_not(op: Op, name: str, device_type: str) -> str:
+    if name not in op.targets:
+        return f"this op has only {_names(op)}"
+    if _DEVICE.get(name, device_type) != device_type:
+        return f"it needs tensors on {_DEVICE[name]!r}, given {device_type!r}"
+    package = _PACKAGE.get(name)
+    if package and not _has_package(package):
+        return f"the package {package!r} is not installed"
+    return ""
+
+
+def _names(op: Op) -> str:
+    return ", ".join(name for name in BACKENDS if name in op.targets)
+
+
+def _check_name(name: str) -> None:
+    if name != AUTO and name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}; allowed: {', '.join(BACKENDS)}, {AUTO}{nearest(name, (*BACKENDS, AUTO))}"
+        )
+
+
+def _say_once(op: str, backend: str, reason: str) -> None:
+    # A log call would break a traced graph; the eager call of the same op has said it or will.
+    if torch.compiler.is_compiling() or (op, backend) in _said:
+        return
+    _said.add((op, backend))
+    _log.warning("%s: backend %r cannot run (%s); using the next one", op, backend, reason)
+
+
+@torch._dynamo.assume_constant_result
+def _environment() -> str:
+    return os.environ.get("PLAIT_BACKEND", "")
+
+
+@torch._dynamo.assume_constant_result
+def _has_package(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@torch._dynamo.assume_constant_result
+def _ensure_loaded(target: str) -> bool:
+    if target not in _loaded:
+        module, name = target.split(":")
+        _loaded[target] = getattr(importlib.import_module(module), name)
+    return True
+
+
+def _load(target: str) -> Any:
+    _ensure_loaded(target)
+    return _loaded[target]

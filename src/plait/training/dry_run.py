@@ -1,0 +1,141 @@
+"""What a run would take, without making it: built on the meta device, nothing allocated, no data read.
+
+Parameters and FLOPs are counted; memory and time are estimates and say so.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from plait.config.errors import PlaitError
+from plait.config.schema import Config
+from plait.models.block import Block
+from plait.models.model import Model
+from plait.tokenizers.load import load_tokenizer
+from plait.training.distributed import choose_device
+from plait.training.optimizers import GROUPS, parameter_groups
+from plait.training.precision import DTYPES
+from plait.training.progress import duration
+
+DEFAULT_VOCABULARY = 8192  # what a tokenizer is trained to when the config does not say
+BACKWARD = 2  # backward is two products for each of forward's
+# What forward keeps of a block for backward, for each token: about so many times d_model, by its two halves.
+# Measured: mixers 10 to 22 (S4D 49), swiglu 15.
+KEPT_MIXER, KEPT_MLP = 20, 15
+_MEASURE_SECONDS, _MEASURE_WIDTH = 0.3, 1024
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Sizes in bytes, of one process."""
+
+    parameters: dict[str, int]  # by part, with the total
+    groups: dict[str, int]  # parameters of each optimizer group
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # estimate
+    cache: int  # for generating one sequence of the training length
+    flops_per_step: int
+    tokens_per_step: int
+    steps: int
+    matmul_rate: float  # FLOPs a second, measured now
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the whole run if everything went at the rate of a large matrix product."""
+        return self.steps * self.flops_per_step / self.matmul_rate
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = [f"  {name:24} {count:>15,}" for name, count in self.parameters.items()]
+        groups = ", ".join(f"{name} {count:,}" for name, count in self.groups.items())
+        total = self.weights + self.gradients + self.optimizer + self.activations
+        return [
+            "parameters",
+            *parts,
+            f"optimizer groups: {groups}",
+            "memory of one process",
+            f"  weights                  {size(self.weights):>15}",
+            f"  gradients                {size(self.gradients):>15}",
+            f"  optimizer                {size(self.optimizer):>15}",
+            f"  activations (estimate)   {size(self.activations):>15}",
+            f"  together (estimate)      {size(total):>15}",
+            f"cache of one sequence: {size(self.cache)}",
+            f"a step: {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOPs; {self.steps:,} steps",
+            f"measured here: {self.matmul_rate / 1e9:,.0f} GFLOP/s in matrix products",
+            f"time (estimate): at least {duration(self.fastest)}; small models reach a tenth to a half of that "
+            f"rate, so {duration(2 * self.fastest)} to {duration(10 * self.fastest)}",
+        ]
+
+
+def dry_run(config: Config) -> DryRun:
+    """Count and estimate a run of ``config`` on this machine; PlaitError if the model cannot be built."""
+    training, length = config.training, config.data.sequence_length
+    model_config = config.model
+    if model_config.vocab_size is None:
+        model_config = model_config.model_copy(update={"vocab_size": _vocabulary(config)})
+    model = Model(model_config, device="meta")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    by_group = dict.fromkeys(GROUPS, 0)
+    for name, group in parameter_groups(model, training.optimizer).items():
+        by_group[group] += model.get_parameter(name).numel()
+    rows = max(1, training.batch_tokens // length)
+    micro = min(training.micro_batch_tokens or rows * length, rows * length)
+    passes = 1 + BACKWARD + (1 if training.activation_checkpointing else 0)
+    width = 4 if training.precision == "fp32" else 2
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    kept = [KEPT_MIXER + (0 if block.mlp is None else KEPT_MLP) for block in blocks]
+    if training.activation_checkpointing:  # of each block its input, and all of the one at work
+        kept = [max(kept), *(1 for _ in blocks)]
+    device = choose_device(training.device)
+    return DryRun(
+        parameters=model.parameter_counts(),
+        groups={name: count for name, count in by_group.items() if count},
+        weights=4 * n_parameters,
+        gradients=4 * n_parameters,
+        optimizer=4 * by_group["muon"] + 8 * (n_parameters - by_group["muon"]),
+        activations=micro * (width * sum(kept) * model_config.d_model + 8 * (model_config.vocab_size or 0)),
+        cache=sum(block.mixer.state_bytes(1, length) for block in blocks),
+        flops_per_step=passes * rows * model.flops(length),
+        tokens_per_step=rows * length,
+        steps=training.steps,
+        matmul_rate=matmul_rate(device, DTYPES.get(training.precision, torch.float32)),
+    )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = _MEASURE_SECONDS) -> float:
+    """FLOPs a second of a square matrix product, measured for about so many seconds."""
+    a = torch.ones(_MEASURE_WIDTH, _MEASURE_WIDTH, device=device, dtype=dtype)
+    _finished(a @ a)
+    count, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < seconds:
+        _finished(a @ a)
+        count += 1
+    return 2.0 * _MEASURE_WIDTH**3 * count / taken
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in the unit that fits."""
+    amount = float(n_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{n_bytes} B"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def _finished(result: torch.Tensor) -> None:
+    result[0, 0].item()  # waits for the device
+
+
+def _vocabulary(config: Config) -> int:
+    try:
+        return load_tokenizer(config.tokenizer).vocab_size
+    except PlaitError:
+        if config.tokenizer.path is not None:
+            raise
+        return config.tokenizer.vocab_size or DEFAULT_VOCABULARY  # to be trained on the data first

@@ -1,0 +1,48 @@
+"""What the model writes after fixed prompts, now and then: samples/step-00000100.txt in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from plait.config.training import TrainingConfig
+from plait.inference.generate import generate
+from plait.models.model import Model
+from plait.tokenizers.base import Tokenizer
+from plait.tokenizers.files import write_file
+from plait.training import rng
+from plait.training.distributed import World, gathered
+from plait.training.metrics import writing
+
+SAMPLES = "samples"
+TEMPERATURE = 0.8
+
+
+def write_samples(
+    model: Model, tokenizer: Tokenizer, config: TrainingConfig, run: Path, step: int, world: World
+) -> list[tuple[str, str]]:
+    """Continue ``config.sample_prompts``; write and return (prompt, continuation), [] on all but the first
+    process.
+
+    The same seed each time, so that samples of different steps compare; the run's own random numbers are
+    untouched.
+    """
+    with gathered(model), rng.preserved(), torch.no_grad():
+        if not world.first:
+            world.barrier()
+            return []
+        texts = generate(
+            model,
+            list(config.sample_prompts),
+            tokenizer=tokenizer,
+            max_new_tokens=config.sample_tokens,
+            temperature=TEMPERATURE,
+            seed=config.seed,
+        )
+        world.barrier()
+    samples = list(zip(config.sample_prompts, texts, strict=True))
+    path = run / SAMPLES / f"step-{step:08d}.txt"
+    with writing(path):
+        write_file(path, "\n\n---\n\n".join(prompt + text for prompt, text in samples).encode())
+    return samples

@@ -1,0 +1,25 @@
+"""What is done to a model's blocks from outside before training: recompute in backward, compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Activation checkpointing: of each block only its input is kept; backward runs its forward again.
+
+    The random numbers of the first forward are used again, so dropout is the same. Parameter names stay.
+    """
+    for block in blocks:
+        # Around forward, inside of the module's hooks, so that FSDP has gathered the weights for both runs.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """torch.compile of each block by itself, in place."""
+    for block in blocks:
+        block.compile()

@@ -1,0 +1,59 @@
+"""Every shipped preset and recipe resolves with the real mixers' options."""
+
+from __future__ import annotations
+
+import pytest
+
+from plait.config.load import load_config
+from plait.config.model import ModelConfig
+from plait.config.recipes import preset_names, read_preset, recipe_names
+from plait.config.schema import Config
+
+NAMES = ["bert", "gpt2", "gru", "hybrid", "lstm", "mamba", "mamba2", "mamba3", "nanochat", "rnn"]
+
+
+def test_there_are_these_presets() -> None:
+    assert preset_names() == NAMES
+    assert "tiny" in recipe_names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_resolves_and_says_everything_it_means(name: str) -> None:
+    model = ModelConfig(preset=name)
+    assert ModelConfig(**model.model_dump()) == model
+    given = read_preset(name)
+    assert len(model.layers()) == given.get("n_layer", len(model.layers()))
+    assert load_config(name).model == model
+    for key in given:
+        assert key in ModelConfig.model_fields or key in model.sections
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_number_of_layers_may_be_changed(name: str) -> None:
+    if name == "hybrid":
+        with pytest.raises(ValueError, match=r"n_layer is 3 but the pattern .* has 8 layers"):
+            ModelConfig(preset=name, n_layer=3)
+    else:
+        assert len(ModelConfig(preset=name, n_layer=3).layers()) == 3
+
+
+def test_what_the_presets_are() -> None:
+    gpt2, bert, nanochat = (ModelConfig(preset=name) for name in ("gpt2", "bert", "nanochat"))
+    assert gpt2.layers()[0].options.model_dump() | {"n_head": 12, "rope": False, "bias": True} == (
+        gpt2.layers()[0].options.model_dump()
+    )
+    assert gpt2.head.tie and gpt2.norm.kind == "layer" and gpt2.mlp.kind == "gelu_tanh" and gpt2.mlp.bias
+    assert not bert.causal and bert.norm.place == "post" and bert.final_norm.kind == "none"
+    assert bert.embedding.token_types == 2 and bert.head.transform == "gelu"
+    assert nanochat.head.softcap == 15 and not nanochat.head.tie and not nanochat.norm.weight
+    assert not nanochat.final_norm.weight and not nanochat.embedding.norm.weight
+    for name in ("lstm", "gru", "rnn"):
+        layer = ModelConfig(preset=name).layers()[0]
+        assert (layer.kind, layer.block.residual.kind, layer.block.mlp.kind) == (name, "none", "none")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_resolves(name: str) -> None:
+    config = load_config(name)
+    assert isinstance(config, Config)
+    assert load_config(config.to_dict()) == config
