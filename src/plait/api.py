@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.config.errors import ConfigError
+from plait.config.errors import ConfigError, nearest
 from plait.config.load import load_config
+from plait.config.recipes import preset_names, recipe_names
 from plait.config.schema import Config, ModelConfig
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ def describe(config: Description, overrides: Mapping[str, Any] | None = None) ->
     """
     changes = dict(overrides or {})
     if isinstance(config, str | os.PathLike):
-        return load_config(config, [f"--model.{key}={_as_text(key, value)}" for key, value in changes.items()])
+        refuse_unknown_name(config)
+        return load_config(
+            config, [f"--model.{key}={_as_text(key, value)}" for key, value in changes.items()]
+        )
     if isinstance(config, ModelConfig):
         config = Config(model=config)
     if isinstance(config, Config):
@@ -108,6 +112,16 @@ def describe(config: Description, overrides: Mapping[str, Any] | None = None) ->
         given = model if isinstance(model, Mapping) else ModelConfig.model_validate(model or {}).model_dump()
         values["model"] = {**given, **changes}
     return load_config(values)
+
+
+def refuse_unknown_name(source: str | os.PathLike[str]) -> None:
+    """ConfigError, with what there is, for a word that names neither a file nor anything shipped."""
+    path, names = Path(source), list(dict.fromkeys([*recipe_names(), *preset_names()]))
+    if not path.suffix and len(path.parts) == 1 and str(source) not in names and not path.exists():
+        raise ConfigError(
+            f"{str(source)!r} is neither a file nor a recipe or preset; there are {', '.join(names)}"
+            f"{nearest(str(source), names)}"
+        )
 
 
 def vocabulary(config: Config) -> tuple[int, Tokenizer | None]:

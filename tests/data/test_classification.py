@@ -74,6 +74,10 @@ def test_wrong_labels(tmp_path: Path) -> None:
     Examples(shard, 8).check_labels(1)
     with pytest.raises(DataError, match=r"label 2 is not one of the classes 0 \.\. 1"):
         Examples(shard, 8).check_labels(2)
+    for wrong in (-1, 0.5):
+        shard, _ = make(tmp_path, [0, 1, wrong])
+        with pytest.raises(DataError, match=rf"label {wrong} is not one of the classes"):
+            Examples(shard, 8).check_labels(2)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match="a text file has no labels"):
         open_data(DataConfig(train=str(tmp_path / "a.txt"), cache=str(tmp_path)), BYTES, labels=True)

@@ -79,6 +79,9 @@ def test_evaluation_masks_the_same_each_time(shard: TokenShards, world: int) -> 
     assert first == run()
     assert 150 < sum(label != IGNORED for batch in first for label in batch) < 320
     if world == 1:
+        places = [tuple(i for i in range(100) if batch[i] != IGNORED) for batch in first[:5]]
+        places += [tuple(i - 100 for i in range(100, 200) if batch[i] != IGNORED) for batch in first[:5]]
+        assert len(set(places)) == 10  # each row has its own draw
         assert sum(map(len, first)) == 1550
 
 

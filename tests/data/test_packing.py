@@ -94,6 +94,7 @@ def test_every_epoch_has_its_own_order(tmp_path: Path) -> None:
         firsts = [
             int(sample.tokens[0] + 1) % 1000 for sample in epoch_of(rows, epoch)
         ]  # places in the stream
+        assert {(first - rows.begin(epoch)) % 999 % 10 for first in firsts} == {0}
         orders.append([(first - rows.begin(epoch)) % 999 // 10 for first in firsts])
         assert sorted(orders[-1]) == list(range(99))
     assert sum(a == b for a, b in zip(*orders)) < 10
@@ -215,7 +216,7 @@ def test_every_process_needs_a_row(shard: TokenShards) -> None:
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(
-    ("length", "rows", "world"), [(16, 4, 1), (7, 3, 2), (499, 2, 1), (2, 50, 3), (100, 3, 3)]
+    ("length", "rows", "world"), [(16, 4, 1), (7, 3, 2), (499, 2, 1), (2, 50, 3), (100, 4, 3)]
 )
 def test_evaluation_predicts_every_token_once(
     shard: TokenShards, length: int, rows: int, world: int, separate: bool
@@ -236,6 +237,9 @@ def test_evaluation_predicts_every_token_once(
     expected = Counter(whole(shard))
     expected[BOS] = 0 if separate else expected[BOS] - 1  # the stream's very first token is never a target
     assert predicted == expected
+    if world == 1:  # rows overlap by one token, and none is there for its overlap alone
+        n_rows = -(-(shard.n_tokens - 1) // (length - 1))
+        assert sum(batch.n_tokens for batch in per_rank[0]) == shard.n_tokens + n_rows - 1
 
 
 def test_evaluation_may_stop_early(shard: TokenShards) -> None:

@@ -13,7 +13,9 @@ from tests.invariants import VARIANTS, redraw
 
 VOCAB = 61
 PATTERNS = {
-    **{kind: [variant] for variant, (kind, _) in reversed(VARIANTS.items())},  # the first variant of each kind
+    **{
+        kind: [variant] for variant, (kind, _) in reversed(VARIANTS.items())
+    },  # the first variant of each kind
     "attention window": ["attention window"],
     "hybrid": ["mamba2", "attention window", "lstm", "attention"],
     "hybrid that ends in Mamba": ["attention", "gru", "mamba2"],

@@ -37,7 +37,9 @@ def test_a_cache_that_forgets_is_caught(name: str, monkeypatch: pytest.MonkeyPat
     right = model.generate(PROMPTS, **s)
     for index in range(len(model.blocks)):
 
-        def forgets(prompts_of: Model, prompts: list[list[int]], cache: object, *, chunk: None, at: int = index) -> Tensor:
+        def forgets(
+            prompts_of: Model, prompts: list[list[int]], cache: object, *, chunk: None, at: int = index
+        ) -> Tensor:
             logits = prefill(prompts_of, prompts, cache, chunk=chunk)  # type: ignore[arg-type]
             for tensor in cache.states[at].values():  # type: ignore[attr-defined]
                 tensor.zero_()
@@ -98,10 +100,14 @@ def test_rows_end_for_themselves_and_the_batch_shrinks(name: str) -> None:
     counted = Counted(model)
     rows = complete(model, prompts, seed=1, max_new_tokens=30, eos_token_id=ends)
     assert [row.ids for row in rows] == cut
-    assert [row.finish for row in rows] == ["length" if len(c) == 30 and c[-1] not in ends else "eos" for c in cut]
+    assert [row.finish for row in rows] == [
+        "length" if len(c) == 30 and c[-1] not in ends else "eos" for c in cut
+    ]
     work = sum(counted.tokens[1:])
     assert work < 0.8 * 4 * max(map(len, cut)), f"{work} tokens: ended rows went on"
-    padded = generate(model, torch.tensor([p[:3] for p in prompts]), seed=1, max_new_tokens=30, pad_token_id=-7)
+    padded = generate(
+        model, torch.tensor([p[:3] for p in prompts]), seed=1, max_new_tokens=30, pad_token_id=-7
+    )
     assert -7 not in padded
     ids = torch.tensor([p[:3] for p in prompts])
     free = generate(model, ids, seed=1, max_new_tokens=30)[:, 3:]
@@ -252,7 +258,9 @@ def test_models_that_look_ahead_or_have_another_head_are_refused_by_name() -> No
         ([1], {"attention_mask": torch.ones(1, 1)}, DataError, "attention_mask"),
     ],
 )
-def test_mistakes_are_named(prompts: object, options: dict[str, object], error: type[PlaitError], message: str) -> None:
+def test_mistakes_are_named(
+    prompts: object, options: dict[str, object], error: type[PlaitError], message: str
+) -> None:
     with pytest.raises(error, match=message):
         generate(make_model("rnn"), prompts, **options)  # type: ignore[arg-type]
 

@@ -23,7 +23,9 @@ class RunningMean(Mixer):
     options_class = Options
     stateful = False
 
-    def __init__(self, options: Options, d_model: int, *, causal: bool, layer_index: int, linear: str) -> None:
+    def __init__(
+        self, options: Options, d_model: int, *, causal: bool, layer_index: int, linear: str
+    ) -> None:
         super().__init__(d_in=d_model, d_out=d_model)
         self.proj = nn.Linear(d_model, d_model)
 

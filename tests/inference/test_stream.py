@@ -54,7 +54,9 @@ def joined(pieces: Sequence[Piece], row: int) -> str:
     return "".join(piece.text for piece in pieces if piece.row == row)
 
 
-def test_rows_stream_whole_characters_until_their_own_ends(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_stream_whole_characters_until_their_own_ends(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["héllo €", "\U0001f600", "a longer one", ""]
     script(monkeypatch, *texts)
     pieces = list(stream_generate(model, ["x"] * 4))
@@ -83,7 +85,9 @@ def test_stop_strings_end_their_row_only(model: Model, monkeypatch: pytest.Monke
     assert [BYTES.decode(row.ids) for row in rows] == cut
 
 
-def test_a_stop_string_that_does_not_come_to_its_end_is_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_string_that_does_not_come_to_its_end_is_text(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script(monkeypatch, "abSTO")
     assert generate(model, "x", stop=["STOP"]) == "abSTO"
     script(monkeypatch, "abSTOP")
@@ -110,12 +114,19 @@ def test_forms_of_text(model: Model) -> None:
     ids = generate(model, [BYTES.bos_id, 104, 105], **options)
     assert generate(model, "hi", **options) == complete(model, "hi", **options)[0].text
     assert [row.ids for row in complete(model, ["hi"], **options)] == [ids]
-    assert complete(model, "hi", add_bos=False, **options)[0].ids == generate(model, [104, 105], **options) != ids
+    assert (
+        complete(model, "hi", add_bos=False, **options)[0].ids
+        == generate(model, [104, 105], **options)
+        != ids
+    )
     assert complete(model, "", **options)[0].ids == generate(model, [BYTES.bos_id], **options)
     assert generate(model, [[]], **options) == [generate(model, [BYTES.bos_id], **options)]
     assert generate(model, "hi", num_samples=2, **options)[0] == generate(model, "hi", **options)
     model.tokenizer = None
-    assert generate(model, "hi", tokenizer=BYTES, **options) == generate(model, ["hi"], tokenizer=BYTES, **options)[0]
+    assert (
+        generate(model, "hi", tokenizer=BYTES, **options)
+        == generate(model, ["hi"], tokenizer=BYTES, **options)[0]
+    )
 
 
 def test_the_callback_gets_every_piece_and_the_result_is_the_same(model: Model) -> None:

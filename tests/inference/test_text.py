@@ -58,7 +58,9 @@ def test_ids_and_text_released_agree_at_every_step(text: str, stops: list[str]) 
         shown += new_text
         assert "\N{REPLACEMENT CHARACTER}" not in shown and right.startswith(shown)
         if stops:
-            assert right.startswith(BYTES.decode(ids)), "ids of a stop string, or half a character, were released"
+            assert right.startswith(BYTES.decode(ids)), (
+                "ids of a stop string, or half a character, were released"
+            )
     assert shown == row.text == right and ids == row.ids
     stopped = row.finish == "stop"
     assert stopped == (right != text) and ids == BYTES.encode(right) + ([] if stopped else [257])

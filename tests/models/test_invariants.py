@@ -166,7 +166,7 @@ def test_a_full_cache_is_refused_before_anything_is_written(name: str) -> None:
     cache = model.new_cache(2, 8)
     model.step(ids[:, :5], cache)
     saved = cache.clone()
-    with pytest.raises(CapacityError, match="sequence 0 holds 5 tokens and 4 more would exceed .* 8"):
+    with pytest.raises(CapacityError, match=r"sequence 0 holds 5 tokens and 4 more would exceed .* 8"):
         model.step(ids[:, 5:], cache)
     for state, before in zip(cache.states, saved.states, strict=True):
         assert all(torch.equal(state[n], before[n]) for n in state)

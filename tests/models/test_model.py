@@ -168,11 +168,11 @@ def test_widths_of_neighbours_must_fit() -> None:
     model = build(pattern=[wide, "attention"], head={"tie": False})
     assert model(ids(1, 4)).hidden.shape == (1, 4, 24)
     with pytest.raises(
-        BuildError, match="layer 0 .lstm. turns width 16 into 24, which its residual cannot add"
+        BuildError, match=r"layer 0 .lstm. turns width 16 into 24, which its residual cannot add"
     ):
         build(pattern=[{**wide, "residual": "yes"}])
     with pytest.raises(
-        BuildError, match="the last layer is 24 wide but the embedding 16; set head.tie: false"
+        BuildError, match=r"the last layer is 24 wide but the embedding 16; set head.tie: false"
     ):
         build(pattern=[wide])
 

@@ -12,7 +12,8 @@ from plait.cli.terminal import number, pairs, stdout
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at configs.")
 Source = Annotated[
-    str | None, typer.Argument(metavar="[CONFIG]", help="A config file, a recipe, a preset, or a run's folder")
+    str | None,
+    typer.Argument(metavar="[CONFIG]", help="A config file, a recipe, a preset, or a run's folder"),
 ]
 
 
@@ -38,7 +39,9 @@ def validate(ctx: typer.Context, config: Source = None) -> None:
     model = Model(described, device="meta")
     count = sum(parameter.numel() for parameter in model.parameters())
     console = stdout()
-    console.print(f"{config or 'the config'} is valid: {len(model.blocks)} layers, {number(count)} parameters")
+    console.print(
+        f"{config or 'the config'} is valid: {len(model.blocks)} layers, {number(count)} parameters"
+    )
     if remark:
         console.print(remark, style="dim")
 
@@ -50,4 +53,6 @@ def list_() -> None:
 
     console = stdout()
     console.print(pairs([("recipes", ", ".join(recipe_names())), ("presets", ", ".join(preset_names()))]))
-    console.print("\nEach is a CONFIG: plait info NAME, plait config show NAME, plait train NAME --data.train=...")
+    console.print(
+        "\nEach is a CONFIG: plait info NAME, plait config show NAME, plait train NAME --data.train=..."
+    )

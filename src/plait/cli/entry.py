@@ -48,13 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     try:
-        if not words or words[0] in ("--help", "-h"):
-            print(help_text())
-            return 0
-        if words[0] in ("--version", "-V"):
-            print(f"plait {_version()}")
-            return 0
-        return _run(words[0], words[1:])
+        status = _run(words)
+        sys.stdout.flush()  # a reader that has gone shows here, not while Python exits
+        return status
     except PlaitError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -68,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if _out_of_memory(error):
             return _fail(
-                "the device ran out of memory; make the work smaller: --training.micro_batch_tokens (the result stays "
-                "the same), --training.activation_checkpointing=true, --training.precision=bf16, or the model itself"
+                "out of memory: take a smaller model, batch or length; in training, --training.micro_batch_tokens (the "
+                "step stays the same, in smaller parts) or --training.activation_checkpointing=true"
             )
         raise
 
@@ -81,7 +77,14 @@ def help_text() -> str:
     return _HELP.format(commands="\n".join(lines))
 
 
-def _run(name: str, words: list[str]) -> int:
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h"):
+        print(help_text())
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(f"plait {_version()}")
+        return 0
+    name, *words = words
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; commands: {', '.join(COMMANDS)}"
         return _fail(f"there is no command {name!r}{hint}", 2)
@@ -90,7 +93,7 @@ def _run(name: str, words: list[str]) -> int:
 
     command: Any = typer.main.get_command(app)
     if not words and isinstance(command, typer.core.TyperGroup):
-        words = ["--help"]
+        words = ["--help"]  # a group by itself does nothing
     try:
         status = command.main(words, prog_name=f"plait {name}", standalone_mode=False)
     except typer.TyperException as error:  # a command line that the command does not understand

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.terminal import seconds, stderr, stdout
+from plait.cli.terminal import harmless, seconds, stderr, stdout
 from plait.config.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,14 +19,26 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def generate(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a folder with a saved model")],
-    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin")] = "",
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a folder with a saved model")
+    ],
+    prompt: Annotated[
+        str, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="At most so many tokens are written")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest; 1: as the model says")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest; 1: as the model says")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Only among the k likeliest tokens")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only among the likeliest that together reach p")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Only tokens with p times the likeliest's chance")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already there are less likely")] = 1.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only among the likeliest that together reach p")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens with p times the likeliest's chance")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens already there are less likely")
+    ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="A text to stop before; may be given again")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="So many continuations")] = 1,
@@ -46,7 +58,9 @@ def generate(
         prompt = sys.stdin.read()
     model = api.load(path, device)
     if model.tokenizer is None:
-        raise CheckpointError(f"{path} has no tokenizer beside its weights, so it can neither read nor write text")
+        raise CheckpointError(
+            f"{path} has no tokenizer beside its weights, so it can neither read nor write text"
+        )
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -65,7 +79,9 @@ def generate(
     else:
         tokens = _at_once(model, prompt, shown, options)
     took = time.perf_counter() - begin
-    stderr().print(f"{tokens} tokens in {seconds(took)}, {tokens / max(took, 1e-9):,.0f} tokens/s", style="dim")
+    stderr().print(
+        f"{tokens} tokens in {seconds(took)}, {tokens / max(took, 1e-9):,.0f} tokens/s", style="dim"
+    )
 
 
 def _stream(model: Model, prompt: str, shown: str, options: dict[str, Any]) -> int:
@@ -78,11 +94,9 @@ def _stream(model: Model, prompt: str, shown: str, options: dict[str, Any]) -> i
     try:
         for piece in pieces:
             tokens += len(piece.ids)
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            _write(piece.text)
     finally:
-        sys.stdout.write("\n")  # also after Ctrl-C: the shell's next line is its own
-        sys.stdout.flush()
+        _write("\n")  # also after Ctrl-C: the shell's next line is its own
     return tokens
 
 
@@ -96,5 +110,11 @@ def _at_once(model: Model, prompt: str, shown: str, options: dict[str, Any]) -> 
         if len(rows) > 1:
             console.print(f"--- sample {index + 1} of {len(rows)} ---", style="dim")
         console.print(shown, end="", style="bold")
-        sys.stdout.write(f"{row.text}\n")
+        _write(f"{row.text}\n")
     return sum(len(row.ids) for row in rows)
+
+
+def _write(text: str) -> None:
+    """To stdout, at once; what a model writes must not command a terminal."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

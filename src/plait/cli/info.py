@@ -17,9 +17,13 @@ def info(
     ctx: typer.Context,
     source: Annotated[
         str,
-        typer.Argument(metavar="CONFIG|PATH", help="A config file, a recipe, a preset, a run, or a saved model"),
+        typer.Argument(
+            metavar="CONFIG|PATH", help="A config file, a recipe, a preset, a run, or a saved model"
+        ),
     ],
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence that FLOPs and states are for")] = 2048,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of the sequence that FLOPs and states are for")
+    ] = 2048,
 ) -> None:
     """Show the stack of a model: each layer's kind, parameters, FLOPs a token, and the bytes of its state.
 
@@ -41,7 +45,10 @@ def info(
     rows = [
         ("parameters", parts_line(stack)),
         ("weights", f"{size(4 * stack.parameters)} in float32, {size(2 * stack.parameters)} in bfloat16"),
-        ("FLOPs", f"of a forward, two a multiply-add, averaged over {length} tokens; training takes three times that"),
+        (
+            "FLOPs",
+            f"of a forward, two a multiply-add, averaged over {length} tokens; training takes three times that",
+        ),
         ("state", f"what a layer remembers of {length} tokens of one sequence, in float32"),
     ]
     if remark:

@@ -14,7 +14,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def plot(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder")],
-    out: Annotated[str | None, typer.Option(help="The PNG to write; by default loss.png in the run's folder")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The PNG to write; by default loss.png in the run's folder")
+    ] = None,
 ) -> None:
     """Draw a run's loss over its steps, in training and held out, as a PNG."""
     from plait.training.plot import plot_run

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.config.errors import ConfigError, nearest
+from plait.api import refuse_unknown_name, vocabulary
+from plait.config.errors import ConfigError
 from plait.config.load import load_config
-from plait.config.recipes import preset_names, recipe_names
 from plait.config.schema import Config, ModelConfig
 
 
@@ -28,9 +28,11 @@ def read_config(source: str | None, changes: Sequence[str]) -> Config:
         from plait.formats.folders import RUN_CONFIG
 
         if not (path / RUN_CONFIG).is_file():
-            raise ConfigError(f"{path} is a folder without a {RUN_CONFIG}; give a config file, a recipe or a run")
+            raise ConfigError(
+                f"{path} is a folder without a {RUN_CONFIG}; give a config file, a recipe or a run"
+            )
         return load_config(path / RUN_CONFIG, changes)
-    _refuse_unknown_name(source, path)
+    refuse_unknown_name(source)
     return load_config(source, changes)
 
 
@@ -53,22 +55,13 @@ def read_model(source: str, changes: Sequence[str]) -> tuple[ModelConfig, str]:
 
 def with_vocabulary(config: Config) -> tuple[ModelConfig, str]:
     """The model of a run with ``vocab_size`` set, and a remark if that is a guess."""
-    from plait.api import vocabulary
     from plait.tokenizers.load import DEFAULT_VOCAB_SIZE
 
     wanted = config.tokenizer
     if config.model.vocab_size is None and wanted.path is None and wanted.type != "bytes":
         guess = wanted.vocab_size or DEFAULT_VOCAB_SIZE
-        remark = f"the {wanted.type} tokenizer is trained with the model: a vocabulary of {guess} is assumed here"
+        remark = (
+            f"the {wanted.type} tokenizer is trained with the model: a vocabulary of {guess} is assumed here"
+        )
         return config.model.replace(vocab_size=guess), remark
     return config.model.replace(vocab_size=vocabulary(config)[0]), ""
-
-
-def _refuse_unknown_name(source: str, path: Path) -> None:
-    """A word that names neither a file nor anything shipped: say what there is."""
-    names = [*recipe_names(), *preset_names()]
-    if not path.suffix and len(path.parts) == 1 and source not in names and not path.exists():
-        raise ConfigError(
-            f"{source!r} is neither a file nor a recipe or preset; there are {', '.join(dict.fromkeys(names))}"
-            f"{nearest(source, names)}"
-        )

@@ -85,7 +85,9 @@ def stack_table(stack: Stack) -> Table:
 
 def parts_line(stack: Stack) -> str:
     """Parameters by part, with their shares: ``mamba2 1.2M (40%), ...``."""
-    return ", ".join(f"{name} {number(n)} ({n / stack.parameters:.0%})" for name, n in stack.parts.items() if n)
+    return ", ".join(
+        f"{name} {number(n)} ({n / stack.parameters:.0%})" for name, n in stack.parts.items() if n
+    )
 
 
 def _runs(layers: list[Layer]) -> list[tuple[Layer, Layer, Layer]]:

@@ -16,7 +16,9 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("plait.cli.demo:app", "Train a small hybrid on this machine's own Python source, from nothing"),
+    "demo": Entry(
+        "plait.cli.demo:app", "Train a small hybrid on this machine's own Python source, from nothing"
+    ),
     "train": Entry("plait.cli.train:app", "Train a model that a config describes, or resume a run"),
     "generate": Entry("plait.cli.generate:app", "Continue a text with a trained model"),
     "plot": Entry("plait.cli.plot:app", "Draw a run's loss curve"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 _PIPED_WIDTH = 140  # without a terminal there is no width to fit
+_CONTROLS = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n"}
 
 
 def stdout() -> Console:
@@ -47,6 +48,11 @@ def pairs(rows: list[tuple[str, Any]]) -> Table:
     for name, value in rows:
         made.add_row(name, str(value))
     return made
+
+
+def harmless(text: str) -> str:
+    """Text without the control characters that a terminal obeys; tabs and line ends stay."""
+    return text.translate(_CONTROLS)
 
 
 def number(value: float) -> str:

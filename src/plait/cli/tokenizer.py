@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from plait.cli.terminal import pairs, seconds, size, stderr, stdout
+from plait.config.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from plait.tokenizers import Tokenizer
 
 _MEASURED_BYTES = 1 << 20  # of text, to say how many bytes a token stands for
 
@@ -26,13 +32,16 @@ def train(
     data: Annotated[list[str], typer.Option(help="Files, a folder or a glob of text; may be given again")],
     out: Annotated[str, typer.Option(help="The folder to write")],
     type: Annotated[
-        Literal["bpe", "wordpiece", "unigram", "characters", "sentencepiece", "bytes"], typer.Option(help="Its kind")
+        Literal["bpe", "wordpiece", "unigram", "characters", "sentencepiece", "bytes"],
+        typer.Option(help="Its kind"),
     ] = "bpe",
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens, special ones among them; by default 8192, or all characters")
+        int | None,
+        typer.Option(min=1, help="Tokens, special ones among them; by default 8192, or all characters"),
     ] = None,
     format: Annotated[
-        Literal["auto", "text", "jsonl", "parquet"], typer.Option(help="Of the data; auto: by the file's ending")
+        Literal["auto", "text", "jsonl", "parquet"],
+        typer.Option(help="Of the data; auto: by the file's ending"),
     ] = "auto",
     field: Annotated[str, typer.Option(help="The key or column that holds the text")] = "text",
     special_token: Annotated[
@@ -43,10 +52,13 @@ def train(
     """Train a tokenizer on text and save it in a folder."""
     from plait.config.data import TokenizerConfig
     from plait.data.documents import read_documents
+    from plait.data.sources import resolve_sources
     from plait.tokenizers import train_tokenizer
     from plait.tokenizers.base import to_bytes
 
-    config = TokenizerConfig(type=type, vocab_size=vocab_size, special_tokens=special_token, lowercase=lowercase)
+    config = TokenizerConfig(
+        type=type, vocab_size=vocab_size, special_tokens=special_token, lowercase=lowercase
+    )
     begin = time.perf_counter()
     n_bytes = 0
     sample: list[str | bytes] = []
@@ -59,9 +71,10 @@ def train(
             n_bytes += len(to_bytes(document.text))
             yield document.text
 
+    resolve_sources(data, format)  # a file that is not there is an error at once
     with stderr().status("training the tokenizer"):
         trained = train_tokenizer(config, texts())
-        trained.save(out)
+    _save(trained, Path(out))
     took = time.perf_counter() - begin
     rows = [("vocabulary", f"{trained.vocab_size} tokens, {len(trained.special_tokens)} of them special")]
     if n_bytes:
@@ -72,3 +85,14 @@ def train(
     rows.append(("saved in", out))
     stdout().print(pairs(rows))
     stdout().print(f"\nnext: plait train CONFIG --tokenizer.type={trained.type} --tokenizer.path={out}")
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save, or leave nothing behind."""
+    is_new = not folder.exists()
+    try:
+        tokenizer.save(folder)
+    except TokenizerError:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -11,7 +11,7 @@ import typer
 
 from plait.cli.overrides import EPILOG, ConfigCommand, overrides
 from plait.cli.terminal import number, pairs, seconds, size, stdout
-from plait.config.errors import ConfigError
+from plait.config.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from plait.config.schema import Config
@@ -26,7 +26,7 @@ class TrainCommand(ConfigCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As any command, with ``--resume`` spelled out."""
-        following = [*args[1:], "--"]
+        following = [*args[1:], "--"][: len(args)]
         spelled = [
             f"--resume={AUTO}" if word == "--resume" and after.startswith("-") else word
             for word, after in zip(args, following, strict=True)
@@ -38,13 +38,18 @@ class TrainCommand(ConfigCommand):
 def train(
     ctx: typer.Context,
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A config file, a recipe or a preset (plait config list)")
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A config file, a recipe or a preset (plait config list)"),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[PATH|auto]", help="Go on with a run or from a checkpoint; alone or auto: this config's"),
+        typer.Option(
+            metavar="[PATH|auto]", help="Go on with a run or from a checkpoint; alone or auto: this config's"
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a run")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a run")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what it would take: parameters, memory, FLOPs, time")
     ] = False,
@@ -57,6 +62,10 @@ def train(
 
     settings = _settings(config, resume, overrides(ctx))
     first = os.environ.get("RANK", "0") == "0"
+    if not dry_run and settings.data.train is None:
+        raise DataError(
+            "data.train: no text is named to train on; give a file, a folder, a glob or a list of them"
+        )
     if first:
         _show(settings)
     if dry_run:
@@ -74,7 +83,9 @@ def _settings(config: str | None, resume: str | None, changes: list[str]) -> Con
     """The config of this run: as given, or that of the run to resume."""
     if config is None and resume is not None and resume != AUTO:
         if Path(resume).is_file():
-            raise ConfigError(f"--resume wants a run or a checkpoint, {resume} is a file: plait train {resume} --resume")
+            raise ConfigError(
+                f"--resume wants a run or a checkpoint, {resume} is a file: plait train {resume} --resume"
+            )
         from plait.training.resume import find_checkpoint, resumed_config
 
         find_checkpoint(resume, Path(resume))  # it says best what is wrong with it
@@ -103,9 +114,15 @@ def _show(config: Config) -> None:
         pairs(
             [
                 ("run", config.run_folder),
-                ("data", f"{_listed(data.train)}; rows of {data.sequence_length} tokens, documents {data.documents}"),
-                ("tokenizer", remark or f"{config.tokenizer.path or config.tokenizer.type}, {described.vocab_size} ids"),
-                ("training", f"{training.objective}, {length} of {number(training.batch_tokens)} tokens"),
+                (
+                    "data",
+                    f"{_listed(data.train)}; rows of {data.sequence_length} tokens, documents {data.documents}",
+                ),
+                (
+                    "tokenizer",
+                    remark or f"{config.tokenizer.path or config.tokenizer.type}, {described.vocab_size} ids",
+                ),
+                ("training", f"{training.objective}, {length} of {training.batch_tokens:,} tokens"),
                 (
                     "optimizer",
                     f"{training.optimizer}, lr {training.lr:g}, {training.schedule}, {training.precision}, "
@@ -140,8 +157,14 @@ def _show_dry_run(config: Config) -> None:
                     f"optimizer {size(plan.optimizer)}, activations about {size(plan.activations)}",
                 ),
                 ("cache", f"{size(plan.cache)} for one sequence of {config.data.sequence_length} tokens"),
-                ("work", f"{number(plan.flops_per_step)} FLOPs a step, {plan.steps:,} steps, {number(tokens)} tokens"),
-                ("this machine", f"{number(plan.matmul_rate)} FLOPs a second in large matrix products, measured now"),
+                (
+                    "work",
+                    f"{number(plan.flops_per_step)} FLOPs a step, {plan.steps:,} steps, {number(tokens)} tokens",
+                ),
+                (
+                    "this machine",
+                    f"{number(plan.matmul_rate)} FLOPs a second in large matrix products, measured now",
+                ),
                 (
                     "time",
                     f"at least {seconds(plan.fastest)}; small models reach a tenth to a half of that rate: "
@@ -160,7 +183,9 @@ def _show_next(result: TrainResult, config: Config) -> None:
     if result.validation is not None and result.validation.bits_per_byte is not None:
         held_out += f" ({result.validation.bits_per_byte:.3f} bits per byte)"
     console = stdout()
-    console.print(f"\nstep {result.step:,}, {number(result.tokens)} tokens in {seconds(result.elapsed)}{held_out}")
+    console.print(
+        f"\nstep {result.step:,}, {number(result.tokens)} tokens in {seconds(result.elapsed)}{held_out}"
+    )
     lines = []
     if config.model.head.kind == "lm" and config.model.causal:
         prompt = next((text for text in config.training.sample_prompts if text), "Once upon a time")

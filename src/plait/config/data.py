@@ -21,14 +21,18 @@ class TokenizerConfig(Section):
     vocab_size: int | None = Field(
         None, gt=0, description="ids to train for; null: 8192, or as the data has characters"
     )
-    special_tokens: list[str] | None = Field(None, description="tokens besides the usual ones, never split")
+    special_tokens: list[str] | None = Field(
+        None, description="more of them, after the usual ones of the type"
+    )
     lowercase: bool = Field(False, description="lower the case of all text")
 
 
 class DataConfig(Section):
     """Where text comes from, and how it is cut into sequences."""
 
-    train: str | list[str] | None = Field(None, description="files, folders or globs to train on")
+    train: str | list[str] | None = Field(
+        None, description="files, folders or globs to train on; stdlib: is Python's own source"
+    )
     validation: str | list[str] | None = Field(None, description="files, folders or globs to evaluate on")
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="without `validation`: share of the documents held out, chosen by hash"

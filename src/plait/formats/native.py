@@ -22,7 +22,7 @@ from plait.tokenizers.base import Tokenizer
 from plait.tokenizers.files import write_file
 from plait.tokenizers.load import load_tokenizer
 
-FORMAT = {"format": "pt", "plait": "1"}
+FORMAT = {"format": "pt"}  # one key: the order of several is not fixed, and equal models shall be equal files
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -56,13 +56,18 @@ def write_model(
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and saved buffer under its name; a tied one once, under its first name."""
-    saved: dict[str, Tensor] = {}
+    return {name: tensor.detach() for name, tensor in _holders(model).items()}
+
+
+def _holders(model: nn.Module) -> dict[str, Tensor]:
+    """As ``weights``, but the model's own objects."""
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            saved[name] = tensor.detach()
-    return saved
+            found[name] = tensor
+    return found
 
 
 def load_model(
@@ -123,7 +128,7 @@ def load_weights(model: Model, folder: Path) -> None:
     CheckpointError, and nothing changed, if one is missing, unknown or of another shape.
     """
     path = folder / WEIGHTS
-    wanted = weights(model)
+    wanted = _holders(model)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

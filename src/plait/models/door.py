@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _packed_entry(
     lengths: list[int] = []
     if cache is not None or max_len is None:  # the caller's bound spares the host a look at the device
         bounds = cu_seqlens.tolist()
-        lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        lengths = [b - a for a, b in pairwise(bounds)]
         if bounds[0] != 0 or bounds[-1] != ids.shape[1] or any(n < 0 for n in lengths):
             raise DataError(
                 f"cu_seqlens must rise from 0 to the {ids.shape[1]} tokens of input_ids; it is {bounds}"

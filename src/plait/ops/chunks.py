@@ -12,14 +12,16 @@ gradient of either is the gather of the other: no scattered additions, and deter
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """The index maps of one layout and chunk size. Tensors are None where the dense reshape needs none."""
 
     size: int
@@ -44,17 +46,6 @@ class Plan(NamedTuple):
     """(K, S) bool, packed: whether sequence s has a chunk number k"""
     turn: Tensor | None
     """(C,) packed: k * S + s of each chunk"""
-
-
-class Visits(NamedTuple):
-    """The order in which a pass over the states of packed sequences goes: longest sequence first."""
-
-    order: Tensor
-    """(S,) the sequences, longest first"""
-    rank: Tensor
-    """(S,) the place of each sequence in `order`"""
-    chunk: Tensor
-    """(K, S) chunk number k of sequence order[i]; C where that sequence has no such chunk"""
 
 
 def plan_chunks(x: Tensor, size: int, cu_seqlens: Tensor | None = None, max_len: int | None = None) -> Plan:
@@ -123,53 +114,6 @@ def join(y: Tensor, plan: Plan) -> Tensor:
         return _Join.apply(y, plan.token, plan.valid, plan.slot).unsqueeze(0)
     y = y.reshape(plan.n_seq, plan.steps * plan.size, *y.shape[2:])
     return y[:, : plan.length]
-
-
-def pass_states(decay: Tensor, local: Tensor, initial: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Run S <- decay_c * S + local_c over the chunks of every sequence.
-
-    decay (C, ...) broadcasts against local (C, ...); initial (S, ...). Returns the state that enters each chunk
-    (C, ...) and each sequence's final state (S, ...); a sequence without chunks keeps its initial state exactly.
-    """
-    if plan.count == 0:
-        return local, initial
-    if plan.turn is None:
-        state, entering = initial, []
-        for k in range(plan.steps):
-            entering.append(state)
-            state = decay[k :: plan.steps] * state + local[k :: plan.steps]
-        return torch.stack(entering, 1).flatten(0, 1), state
-    # A sequence that has ended reads the spare chunk C: decay 1, and -0.0, which changes nothing it is added to.
-    visits = plan_visits(plan)
-    decay = torch.cat([decay, torch.ones_like(decay[:1])])
-    local = torch.cat([local, torch.full_like(local[:1], -0.0)])
-    state, entering = initial.index_select(0, visits.order), []
-    for k in range(plan.steps):
-        live = active(plan.n_seq, plan.length, plan.size, k)
-        index = visits.chunk[k, :live]
-        entering.append(state[:live])
-        new = decay.index_select(0, index) * state[:live] + local.index_select(0, index)
-        state = torch.cat([new, state[live:]])
-    step = torch.arange(plan.steps, device=local.device)
-    width = (plan.length // (step * plan.size + 1)).clamp(max=plan.n_seq)
-    begin = width.cumsum(0) - width
-    k, s = plan.turn // plan.n_seq, plan.turn % plan.n_seq
-    place = (begin[k] + visits.rank[s]).clamp(max=sum(len(e) for e in entering) - 1)
-    return torch.cat(entering).index_select(0, place), state.index_select(0, visits.rank)
-
-
-def plan_visits(plan: Plan) -> Visits:
-    """The order of the pass over the states of a packed plan."""
-    if plan.chunk is None or plan.live is None:
-        raise ValueError("plan_visits: a dense plan has no visits")
-    order = torch.argsort(plan.live.sum(0), descending=True, stable=True)
-    chunk = torch.where(plan.live, plan.chunk, plan.count).index_select(1, order)
-    return Visits(order, torch.argsort(order), chunk)
-
-
-def active(n_seq: int, length: int, size: int, k: int) -> int:
-    """How many of n_seq packed sequences may have a chunk number k: a bound that does not read the lengths."""
-    return min(n_seq, length // (k * size + 1))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

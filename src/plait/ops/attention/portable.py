@@ -7,6 +7,8 @@ new graph; a cache is read with masks of one block of queries.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,10 +126,10 @@ def _documents(
     dropout: float,
 ) -> Tensor:
     bounds = cu_seqlens.tolist()
-    sizes = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    sizes = [b - a for a, b in pairwise(bounds)]
     # split once: slicing in the loop would give every document a gradient as long as the row
-    pieces = zip(*(t.split(sizes, 1) for t in (q, k, v)), strict=True)
-    out = [_dense(*piece, causal, window, scale, dropout) for piece in pieces if piece[0].shape[1]]
+    pieces = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    out = [_dense(a, b, c, causal, window, scale, dropout) for a, b, c in pieces if a.shape[1]]
     return torch.cat(out, 1) if out else torch.zeros_like(q)
 
 

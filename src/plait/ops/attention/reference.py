@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def attention(
         bounds = cu_seqlens.tolist()
         pieces = [
             attention(q[:, a:b], k[:, a:b], v[:, a:b], causal=causal, window=window, scale=scale)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(pieces, 1) if pieces else torch.zeros_like(q)
     length = q.shape[1]

@@ -140,7 +140,8 @@ class _Convolution(torch.autograd.Function):
             dbias = None if bias is None else grad.sum(0).to(bias.dtype)
             if reach == 0:
                 dweight = (grad * wide).sum(0).unsqueeze(1)
-                return (grad * taps[:, 0]).to(x.dtype), dweight.to(weight.dtype), dbias, None, None, None, None
+                dx = (grad * taps[:, 0]).to(x.dtype)
+                return dx, dweight.to(weight.dtype), dbias, None, None, None, None
             # the heads' part, through their windows; row 0 stands in for heads that do not exist
             rows = torch.where(inside, head, 0)
             ours = torch.where(inside.unsqueeze(2), grad[rows], 0)
@@ -161,7 +162,8 @@ class _Convolution(torch.autograd.Function):
 def _heads(x: Tensor, tail: Tensor | None, head: Tensor, inside: Tensor, kind: torch.dtype) -> Tensor:
     """Each sequence's initial state and first W-1 rows, zeros where it has fewer: (S, 2W-2, C)."""
     rows = x[torch.where(inside, head, 0)]
-    return _window(torch.where(inside.unsqueeze(2), rows, 0).to(kind), None if tail is None else tail.to(kind), head.shape[1])
+    rows = torch.where(inside.unsqueeze(2), rows, 0).to(kind)
+    return _window(rows, None if tail is None else tail.to(kind), head.shape[1])
 
 
 def _convolve(
@@ -182,8 +184,8 @@ def _convolve(
 def _correlate(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """y_t = bias + sum_j taps[:, j] x_{t-W+1+j} over x (n, C) with zeros on both sides: (n + W-1, C)."""
     channels, width = taps.shape
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _has_mkldnn() and not torch.compiler.is_compiling():
-        image, kernel = x.t()[None, :, None], taps[:, None, None]
+    if _has_fast_convolution(x):
+        image, kernel = x.unsqueeze(0).transpose(1, 2).unsqueeze(2), taps[:, None, None]
         y = functional.conv2d(image, kernel, bias, padding=(0, width - 1), groups=channels)
         return y[0, :, 0].t()
     padded = functional.pad(x, (0, 0, width - 1, width - 1))
@@ -194,7 +196,10 @@ def _correlate(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def _has_mkldnn() -> bool:
+def _has_fast_convolution(x: Tensor) -> bool:
+    """Whether oneDNN convolves x; a compiler fuses the multiply-adds with what comes before and after instead."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
     return torch.backends.mkldnn.is_available()
 
 

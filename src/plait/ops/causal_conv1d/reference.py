@@ -1,6 +1,6 @@
 """The causal depthwise convolution, tap by tap: the truth the other backends are judged by.
 
-    y_t[c] = act(bias[c] + sum_{j<W} weight[c, j] x_{t-W+1+j}[c]); left of a sequence stands its initial state
+y_t[c] = act(bias[c] + sum_{j<W} weight[c, j] x_{t-W+1+j}[c]); left of a sequence stands its initial state
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def causal_conv1d(
             return _convolve(x, weight, bias, activation, tail)
         ys, tails = [], []
         bounds = cu_seqlens.tolist()
-        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i in range(count):
+            begin, end = bounds[i], bounds[i + 1]
             y, final = _convolve(x[:, begin:end], weight, bias, activation, tail[i : i + 1])
             ys.append(y)
             tails.append(final)

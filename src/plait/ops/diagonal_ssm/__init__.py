@@ -50,7 +50,9 @@ def diagonal_ssm(
     for name, given in (("dA", dA), ("B", B), ("C", C)):
         check_shape(op, name, given, "E, N", channels, states)
         if given.is_complex() != dA.is_complex():
-            raise ValueError(f"{op}: {name} has dtype {given.dtype} and dA {dA.dtype}, expected both real or both complex")
+            raise ValueError(
+                f"{op}: {name} has dtype {given.dtype} and dA {dA.dtype}, expected both real or both complex"
+            )
     check_shape(op, "D", D, "E", channels)
     if dA.is_complex():
         check_shape(op, "initial_state", initial_state, "S, E, N, 2", n_seq, channels, states, 2)

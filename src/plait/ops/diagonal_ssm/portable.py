@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from plait.ops.chunks import Plan, compute_dtype, join, no_autocast, plan_chunks, split
-from plait.ops.selective_scan.carry import CarryStates, make_route
+from plait.ops.selective_scan.carry import Route, carry_states, make_route
 
 CHUNK = 32
 
@@ -56,17 +55,14 @@ def diagonal_ssm(
         chunks = split(xs, plan).permute(2, 1, 0)
         local = weights.chunk_end(chunks)
         start = initial if dA.is_complex() else initial.unsqueeze(-1)
-        entering, _ = CarryStates.apply(
-            _scalars(powers[plan.size]).expand(plan.count, *dA.shape),
-            _scalars(local),
-            _scalars(start),
-            *make_route(plan),
-        )
+        route = make_route(plan)
+        decay = _scalars(powers[plan.size]).expand(plan.count, *dA.shape)
+        entering, _ = carry_states(decay, _scalars(local), _scalars(start), route)
         entering = _as_pairs(entering)
         y = join(weights.outputs(chunks, entering).permute(2, 1, 0), plan)
         if D is not None:
             y = torch.addcmul(y, xs, D.to(kind))
-        final = _final(xs.reshape(-1, xs.shape[2]), weights, entering, start, plan, cu_seqlens)
+        final = _final(xs.reshape(-1, xs.shape[2]), weights, entering, start, plan, route, cu_seqlens)
         return y.to(x.dtype), final if dA.is_complex() else final.squeeze(-1)
 
 
@@ -78,8 +74,6 @@ class _Weights:
         self.powers = powers
         # p_j B: what an input is worth in the state j tokens later, (Q, E, N, pair)
         self.reach = _times(powers[:-1], B)
-        # 2 Re(C h) = 2 Re C Re h - 2 Im C Im h
-        self.read = 2 * C * C.new_tensor([1.0, -1.0]) if C.shape[-1] == 2 else C
         self.C = C
 
     def chunk_end(self, x: Tensor) -> Tensor:
@@ -89,27 +83,32 @@ class _Weights:
 
     def outputs(self, x: Tensor, entering: Tensor) -> Tensor:
         """y of all chunks: x (E, Q, C), entering (C, E, N, pair) -> (E, Q, C)."""
-        kernel = (self.read * self.reach).sum((2, 3))
+        kernel = (_reader(self.C) * self.reach).sum((2, 3))
         step = torch.arange(self.size, device=x.device)
         lag = step.unsqueeze(1) - step
         matrix = kernel.index_select(0, lag.clamp(min=0).view(-1)).view(self.size, self.size, -1)
         matrix = matrix.masked_fill((lag < 0).unsqueeze(2), 0).permute(2, 0, 1)
-        carried = _times(self.powers[1:], self.C)
-        if self.C.shape[-1] == 2:
-            carried = 2 * carried * carried.new_tensor([1.0, -1.0])
-        carried = carried.permute(1, 0, 2, 3).reshape(self.channels, self.size, -1)
+        carried = (
+            _reader(_times(self.powers[1:], self.C)).permute(1, 0, 2, 3).reshape(self.channels, self.size, -1)
+        )
         return torch.baddbmm(torch.bmm(matrix, x), carried, entering.flatten(2).permute(1, 2, 0))
 
 
 def _final(
-    x: Tensor, weights: _Weights, entering: Tensor, initial: Tensor, plan: Plan, cu_seqlens: Tensor | None
+    x: Tensor,
+    weights: _Weights,
+    entering: Tensor,
+    initial: Tensor,
+    plan: Plan,
+    route: Route,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """The state after each sequence's last token (S, E, N, pair), from the one that enters its last chunk.
 
     That chunk may hold fewer than Q tokens, so its tokens are gathered again, aligned to the right. x (n, E).
     """
     size = plan.size
-    if cu_seqlens is None:
+    if cu_seqlens is None or route.ends is None:
         last = torch.arange(1, plan.n_seq + 1, device=x.device) * plan.steps - 1
         end = torch.arange(1, plan.n_seq + 1, device=x.device) * plan.length
         count = torch.full_like(end, plan.length - (plan.steps - 1) * size)
@@ -118,8 +117,6 @@ def _final(
         length = end - cu_seqlens[:-1].long()
         count = (length - 1) % size + 1
         count = torch.where(length > 0, count, 0)
-        route = make_route(plan)
-        assert route.ends is not None
         last = route.ends[1]
     step = torch.arange(size, device=x.device)
     index = (end - size).unsqueeze(1) + step
@@ -146,6 +143,11 @@ def _powers(dA: Tensor, size: int, kind: torch.dtype) -> Tensor:
 def _pairs(t: Tensor, kind: torch.dtype) -> Tensor:
     """(E, N) to (E, N, 2), or (E, N, 1) if real."""
     return (torch.view_as_real(t) if t.is_complex() else t.unsqueeze(-1)).to(kind)
+
+
+def _reader(C: Tensor) -> Tensor:
+    """The weights r with which sum_pair r h is C h, or 2 Re(C h) = 2 Re C Re h - 2 Im C Im h if complex."""
+    return torch.stack([2 * C[..., 0], -2 * C[..., 1]], -1) if C.shape[-1] == 2 else C
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

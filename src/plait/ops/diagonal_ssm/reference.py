@@ -27,7 +27,11 @@ def diagonal_ssm(
     """
     with torch.autocast(x.device.type, enabled=False):
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        wide = {torch.float32: torch.complex64, torch.float64: torch.complex128}[kind] if dA.is_complex() else kind
+        wide = (
+            {torch.float32: torch.complex64, torch.float64: torch.complex128}[kind]
+            if dA.is_complex()
+            else kind
+        )
         decay, B, C = torch.exp(dA.to(wide)), B.to(wide), C.to(wide)
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if initial_state is None:
@@ -42,7 +46,8 @@ def diagonal_ssm(
         else:
             ys, finals = [], []
             bounds = cu_seqlens.tolist()
-            for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            for i in range(count):
+                begin, end = bounds[i], bounds[i + 1]
                 y, final = _recurrence(xs[:, begin:end], decay, B, C, state[i : i + 1])
                 ys.append(y)
                 finals.append(final)

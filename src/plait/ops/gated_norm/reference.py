@@ -1,8 +1,8 @@
 """RMS norm with a gate, spelled out: the truth the other backends are judged by.
 
-    norm_before_gate False:  y = RMS(x * silu(z)) * weight          (arXiv 2405.21060, section 7)
-    norm_before_gate True:   y = RMS(x) * weight * silu(z)
-    RMS(u) = u / sqrt(mean(u^2) + eps) over each group of neighbouring channels
+norm_before_gate False:  y = RMS(x * silu(z)) * weight          (arXiv 2405.21060, section 7)
+norm_before_gate True:   y = RMS(x) * weight * silu(z)
+RMS(u) = u / sqrt(mean(u^2) + eps) over each group of neighbouring channels
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def selective_scan(
         else:
             check_shape(op, name, given, "S, T, N", rows, length, states)
     if B.dim() == 4 and (B.shape[2] < 1 or channels % B.shape[2]):
-        raise ValueError(f"{op}: {B.shape[2]} groups of B and C, expected a divisor of the {channels} channels")
+        raise ValueError(
+            f"{op}: {B.shape[2]} groups of B and C, expected a divisor of the {channels} channels"
+        )
     check_shape(op, "z", z, "S, T, E", rows, length, channels)
     check_shape(op, "D", D, "E", channels)
     check_shape(op, "dt_bias", dt_bias, "E", channels)

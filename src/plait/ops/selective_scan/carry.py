@@ -5,7 +5,7 @@ because a packed row wants one pass over its C chunks (a chunk that begins a doc
 state) instead of the longest document's number of chunks times all documents.
 
     S sequences, C chunks (dense: chunk c is number c % K of sequence c // K), * the state's own dimensions.
-All functions here record no gradients; `CarryStates` does. Complex tensors are welcome.
+`run_forward` and `run_backward` record no gradients; `carry_states` does. Complex tensors are welcome.
 """
 
 from __future__ import annotations
@@ -56,14 +56,18 @@ def run_forward(decay: Tensor, local: Tensor, initial: Tensor, route: Route) -> 
         return torch.stack(entering, 1).flatten(0, 1), state
     starts = initial.index_select(0, route.owner).unbind(0)
     state = torch.zeros_like(starts[0])
-    for first, start, d, add in zip(route.first.unbind(0), starts, decay.unbind(0), local.unbind(0), strict=True):
+    for first, start, d, add in zip(
+        route.first.unbind(0), starts, decay.unbind(0), local.unbind(0), strict=True
+    ):
         state = torch.where(first, start, state)
         entering.append(state)
         state = torch.addcmul(add, d, state)
     # What leaves a chunk is recomputed for the last chunks alone: S of them instead of a second stack of C.
     stacked = torch.stack(entering)
     last = route.ends[1]
-    final = torch.addcmul(local.index_select(0, last), decay.index_select(0, last), stacked.index_select(0, last))
+    final = torch.addcmul(
+        local.index_select(0, last), decay.index_select(0, last), stacked.index_select(0, last)
+    )
     return stacked, torch.where(_like(route.filled, final), final, initial)
 
 
@@ -76,8 +80,7 @@ def run_backward(decay: Tensor, entering: Tensor, final: Tensor, route: Route) -
     if route.first is None or route.owner is None or route.ends is None or route.filled is None:
         rows = final.shape[0]
         grad = final
-        steps = list(zip(_steps(decay, rows), _steps(entering, rows), strict=True))
-        for d, add in reversed(steps):
+        for d, add in zip(_steps(decay, rows)[::-1], _steps(entering, rows)[::-1], strict=True):
             leaving.append(grad)
             grad = torch.addcmul(add, d.conj(), grad)
         return torch.stack(leaving[::-1], 1).flatten(0, 1), grad
@@ -98,8 +101,14 @@ def run_backward(decay: Tensor, entering: Tensor, final: Tensor, route: Route) -
     return torch.stack(leaving[::-1]), torch.where(_like(route.filled, start), start, final)
 
 
-class CarryStates(torch.autograd.Function):
-    """`run_forward` with gradients: (decay, local, initial, *route) -> (entering, final)."""
+def carry_states(decay: Tensor, local: Tensor, initial: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+    """`run_forward`, differentiable in its three tensors; see there."""
+    entering, final = _CarryStates.apply(decay, local, initial, *route)
+    return entering, final
+
+
+class _CarryStates(torch.autograd.Function):
+    """(decay, local, initial, *route) -> (entering, final)."""
 
     @staticmethod
     def forward(

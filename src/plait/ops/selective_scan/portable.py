@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.ops.chunks import join, plan_chunks, split
+from plait.ops.chunks import compute_dtype, join, no_autocast, plan_chunks, split
 from plait.ops.selective_scan.carry import Route, make_route, run_backward, run_forward
 
 CHUNK, LONG_CHUNK, LONG = 16, 32, 1024
@@ -30,6 +30,8 @@ BLOCK_ELEMENTS = {"cpu": 1 << 17}
 """State elements that advance together: on a CPU what stays in the second-level cache; elsewhere 2^22."""
 MAX_BLOCKS = 16
 """Bounds the number of operations; the states recomputed at a time are then T * E * N / 16 at most (or a block)."""
+MAX_COMPILED_BLOCKS = 4
+"""The same bound for a graph, whose compilation takes time for every operation."""
 
 
 class Inputs(NamedTuple):
@@ -61,8 +63,8 @@ def selective_scan(
 
     Packed: one row (1, n, ...) with cu_seqlens (S+1,) and the host bound max_len.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with no_autocast(x):
+        kind = compute_dtype(x)
         (channels, states), groups = A.shape, 1 if B.dim() == 3 else B.shape[2]
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if initial_state is None:
@@ -76,7 +78,8 @@ def selective_scan(
         if dt_softplus:
             delta = functional.softplus(delta)
         bound = x.shape[1] if cu_seqlens is None or max_len is None else max(min(max_len, x.shape[1]), 1)
-        plan = plan_chunks(x, min(CHUNK if bound <= LONG else LONG_CHUNK, bound), cu_seqlens, bound)
+        size = min(CHUNK if bound <= LONG else LONG_CHUNK, bound)
+        plan = plan_chunks(x, size, cu_seqlens, bound)
         shape = (groups, channels // groups)
         # a pad has dt = 0 and x = 0: it neither decays the state nor adds to it
         y, final = _Scan.apply(
@@ -126,7 +129,9 @@ class _Scan(torch.autograd.Function):
             for b in blocks:
                 _chunk_ends(_take(inputs, b), local[b])
             route = Route(first, owner, ends, filled)
-            entering, final = run_forward(_decay(dt.sum(1), A, torch.empty_like(local)), local, initial, route)
+            entering, final = run_forward(
+                _decay(dt.sum(1), A, torch.empty_like(local)), local, initial, route
+            )
             for b in blocks:
                 _replay(_take(inputs, b), entering[b], y[b], local[b])
         ctx.save_for_backward(x, dt, A, B, C, entering, first, owner, ends, filled)
@@ -135,13 +140,15 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, entering, *route = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             inputs, (dy, final) = Inputs(x, dt, A, B, C), grads
             blocks = _blocks(inputs)
             own = torch.empty_like(entering)
             for b in blocks:
                 _adjoint_starts(_take(inputs, b), dy[b], own[b])
-            leaving, initial = run_backward(_decay(dt.sum(1), A, torch.empty_like(own)), own, final, Route(*route))
+            leaving, initial = run_backward(
+                _decay(dt.sum(1), A, torch.empty_like(own)), own, final, Route(*route)
+            )
             dx, ddt, dA, dB, dC = (torch.zeros_like(t) for t in inputs)
             gradients = Inputs(dx, ddt, dA, dB, dC)
             scratch = [torch.empty_like(entering[blocks[0]]) for _ in range(x.shape[1] + 2)]
@@ -154,7 +161,8 @@ def _blocks(inputs: Inputs) -> list[slice]:
     """Cut the chunks into at most MAX_BLOCKS runs whose states are of a size that suits the device."""
     chunks = inputs.x.shape[0]
     wanted = BLOCK_ELEMENTS.get(inputs.x.device.type, 1 << 22)
-    count = min(-(-chunks * inputs.A.numel() // wanted), MAX_BLOCKS, chunks)
+    most = MAX_COMPILED_BLOCKS if torch.compiler.is_compiling() else MAX_BLOCKS
+    count = min(-(-chunks * inputs.A.numel() // wanted), most, chunks)
     size = -(-chunks // count)
     return [slice(i, min(i + size, chunks)) for i in range(0, chunks, size)]
 
@@ -173,7 +181,9 @@ def _chunk_ends(inputs: Inputs, h: Tensor) -> None:
     x, dt, A, B, _ = inputs
     h.zero_()
     decay = torch.empty_like(h)
-    for dt_t, u_t, B_t in zip(dt.unbind(1), (dt * x).unsqueeze(3).unbind(1), B.unsqueeze(-1).unbind(1), strict=True):
+    for dt_t, u_t, B_t in zip(
+        dt.unbind(1), (dt * x).unsqueeze(3).unbind(1), B.unsqueeze(-1).unbind(1), strict=True
+    ):
         h.mul_(_decay(dt_t, A, decay)).addcmul_(u_t, B_t)
 
 

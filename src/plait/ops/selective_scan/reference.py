@@ -51,10 +51,17 @@ def selective_scan(
         else:
             ys, finals = [], []
             bounds = cu_seqlens.tolist()
-            for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-                part = [t[:, begin:end] for t in (xs, delta)]
-                parts = [t[:, begin:end] for t in (Bs, Cs)]
-                y, final = _recurrence(*part, A, *parts, initial_state[i : i + 1].to(kind))
+            for i in range(count):
+                begin, end = bounds[i], bounds[i + 1]
+                part = slice(begin, end)
+                y, final = _recurrence(
+                    xs[:, part],
+                    delta[:, part],
+                    A,
+                    Bs[:, part],
+                    Cs[:, part],
+                    initial_state[i : i + 1].to(kind),
+                )
                 ys.append(y)
                 finals.append(final)
             y = torch.cat(ys, 1) if ys else xs[:, :0]

@@ -11,16 +11,16 @@ CPU writes fresh memory several times slower than memory it has just used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.ops.chunks import compute_dtype
 
-# exp(-60) is nothing beside what a float32 sum holds. What is left stays clear of denormal numbers, which cost a
-# CPU a hundred times the normal ones.
+# Decays go no lower: exp(-60) is nothing beside what a float32 sum holds, and its products stay clear of denormal
+# numbers, which cost a CPU a hundred times the normal ones.
 FLOOR = {torch.float32: -60.0, torch.float64: -600.0}
 # Elements of a block's widest temporary on a CPU, per thread: about eight of them share the cache.
 BLOCK_ELEMENTS = 1 << 16
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
     size: int
     steps: int
-    count: int
+    n_chunk: int
     n_seq: int
     length: int
 
@@ -76,6 +76,7 @@ class Run:
         row, column = token.unsqueeze(1), token
         self.same = None if diagonal is None else (row == column).to(self.dtype)
         self.mask = (row >= column if diagonal is None else row > column).to(self.dtype)
+        self.later = torch.ones_like(self.mask).tril(-1)
         self._decays(a, w, diagonal)
 
     def _decays(self, a: Tensor, w: Tensor, diagonal: Tensor | None) -> None:
@@ -127,20 +128,30 @@ class Run:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The ranges of chunks to work on at a time."""
-        step = self.sizes.count
+        step = self.sizes.n_chunk
         if not torch.compiler.is_compiling() and self.mask.device.type == "cpu":
             elements = self.n_head * self.rows * max(self.rows, self.width)
             step = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // elements)
-        for lo in range(0, self.sizes.count, step):
-            yield lo, min(lo + step, self.sizes.count)
+        for lo in range(0, self.sizes.n_chunk, step):
+            yield lo, min(lo + step, self.sizes.n_chunk)
 
-    def room(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory of this shape; the same memory each time for the same name."""
+    def into(self, room: str, shape: tuple[int, ...], op: Callable[..., Tensor], *args: Any) -> Tensor:
+        """op(*args), of this shape, written into the named room.
+
+        A compiler plans its own memory, and does not take `out` into part of a buffer.
+        """
+        return op(*args) if torch.compiler.is_compiling() else op(*args, out=self._memory(room, shape))
+
+    def copy(self, room: str, t: Tensor) -> Tensor:
+        """A contiguous copy of t in the named room."""
+        return t.contiguous() if torch.compiler.is_compiling() else self._memory(room, t.shape).copy_(t)
+
+    def _memory(self, room: str, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
-        room = self._rooms.get(name)
-        if room is None or room.shape[0] < size:
-            room = self._rooms[name] = torch.empty(size, dtype=self.dtype, device=self.mask.device)
-        return room[:size].view(shape)
+        memory = self._rooms.get(room)
+        if memory is None or memory.shape[0] < size:
+            memory = self._rooms[room] = torch.empty(size, dtype=self.dtype, device=self.mask.device)
+        return memory[:size].view(shape)
 
     def take(self, t: Tensor, lo: int, hi: int, room: str) -> Tensor:
         """The tokens of chunks lo..hi of t (n, R, A, B) as rows (B, M, A, B); pads repeat a token."""
@@ -151,8 +162,8 @@ class Run:
             return t[begin:end].to(self.dtype).reshape(shape)
         if t.dtype != self.dtype:
             return t.index_select(0, gather[begin:end]).to(self.dtype).view(shape)
-        out = self.room(room, end - begin, *t.shape[1:])
-        return torch.index_select(t, 0, gather[begin:end], out=out).view(shape)
+        rows = (end - begin, *t.shape[1:])
+        return self.into(room, rows, torch.index_select, t, 0, gather[begin:end]).view(shape)
 
     def put(self, out: Tensor, value: Tensor, lo: int, hi: int) -> None:
         """Write rows (B, M, ...) of chunks lo..hi to their tokens in `out` (n + 1, ...); pads go to row n."""
@@ -173,7 +184,7 @@ class Run:
 
     def new_states(self) -> Tensor:
         """Memory for a state a chunk and the two spare entries of the sweep."""
-        shape = (self.sizes.count + 2, self.groups, self.state, self.per_group * self.width)
+        shape = (self.sizes.n_chunk + 2, self.groups, self.state, self.per_group * self.width)
         states = torch.empty(shape, dtype=self.dtype, device=self.mask.device)
         states[-2:] = -0.0
         return states
@@ -182,6 +193,13 @@ class Run:
         """The states of chunks lo..hi as (B G, N, F P)."""
         return states[lo:hi].view(-1, self.state, self.per_group * self.width)
 
+    def store(self, states: Tensor, a: Tensor, b: Tensor, lo: int, hi: int) -> None:
+        """Write a @ b (B G, N, F P) as the states of chunks lo..hi."""
+        if torch.compiler.is_compiling():
+            self.load(states, lo, hi).copy_(torch.bmm(a, b))
+        else:
+            torch.bmm(a, b, out=self.load(states, lo, hi))
+
     def heads(self, t: Tensor, lo: int, hi: int, room: str) -> Tensor:
         """Chunks lo..hi of x or dy (n, R, H, P) as rows (B, M, G, F, P)."""
         return self.take(t, lo, hi, room).view(hi - lo, self.rows, self.groups, self.per_group, self.width)
@@ -189,9 +207,9 @@ class Run:
     def grouped(self, t: Tensor, lo: int, hi: int, room: str) -> Tensor:
         """Chunks lo..hi of k or q (n, R, G, N) as (B G, M, N)."""
         t = self.take(t, lo, hi, room + " rows").transpose(1, 2)
-        if self.groups == 1:
-            return t.reshape(-1, self.rows, self.state)
-        return self.room(room, *t.shape).copy_(t).view(-1, self.rows, self.state)
+        if self.groups > 1:
+            t = self.copy(room, t)
+        return t.reshape(-1, self.rows, self.state)
 
     def ungrouped(self, t: Tensor) -> Tensor:
         """Undo `grouped`: (B G, M, N) to (B, M, G, N)."""
@@ -200,8 +218,8 @@ class Run:
     def scaled(self, t: Tensor, scale: Tensor, room: str) -> Tensor:
         """Rows times scale (B, M, G, F, 1), as groups (B G, M, F P)."""
         t = t.transpose(1, 2)
-        out = torch.mul(t, scale.transpose(1, 2), out=self.room(room, *t.shape))
-        return out.view(-1, self.rows, self.per_group * self.width)
+        out = self.into(room, t.shape, torch.mul, t, scale.transpose(1, 2))
+        return out.reshape(-1, self.rows, self.per_group * self.width)
 
     def from_groups(self, t: Tensor) -> Tensor:
         """(B G, M, F P) to rows."""
@@ -210,7 +228,7 @@ class Run:
     def to_heads(self, t: Tensor, room: str) -> Tensor:
         """Rows to (B H, M, P)."""
         t = t.permute(0, 2, 3, 1, 4)
-        return self.room(room, *t.shape).copy_(t).view(-1, self.rows, self.width)
+        return self.copy(room, t).reshape(-1, self.rows, self.width)
 
     def from_heads(self, t: Tensor) -> Tensor:
         """(B H, M, P) to rows."""
@@ -219,7 +237,7 @@ class Run:
 
     def bmm(self, a: Tensor, b: Tensor, room: str) -> Tensor:
         """a @ b into a room."""
-        return torch.bmm(a, b, out=self.room(room, a.shape[0], a.shape[1], b.shape[2]))
+        return self.into(room, (a.shape[0], a.shape[1], b.shape[2]), torch.bmm, a, b)
 
     def tile(self, q: Tensor, k: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
         """The map from x to y within each of the chunks lo..hi: (B, G, F, M, M), with what it is made of.
@@ -229,16 +247,16 @@ class Run:
         """
         products = torch.bmm(q, k.mT).view(-1, self.groups, 1, self.rows, self.rows)
         shape = (hi - lo, self.groups, self.per_group, self.rows)
-        decay = self.room("decay", hi - lo, self.n_head, self.rows, self.rows)
-        torch.sub(self.high_rows[lo:hi].unsqueeze(3), self.high[lo:hi].unsqueeze(2), out=decay)
+        rows, columns = self.high_rows[lo:hi].unsqueeze(3), self.high[lo:hi].unsqueeze(2)
+        decay = self.into("decay", (hi - lo, self.n_head, self.rows, self.rows), torch.sub, rows, columns)
         if self.low is not None:
             low = self.low[lo:hi]
             decay.add_(low.unsqueeze(3)).sub_(low.unsqueeze(2))
         # Above the diagonal differences are positive: the clamp makes them 0 before exp, the mask removes them.
         decay.clamp_(FLOOR[self.dtype], 0.0).exp_()
         decay = decay.view(*shape, self.rows)
-        tile = self.room("tile", *decay.shape)
-        torch.mul(decay, self.weight[lo:hi].view(shape).unsqueeze(3), out=tile)
+        weight = self.weight[lo:hi].view(shape).unsqueeze(3)
+        tile = self.into("tile", decay.shape, torch.mul, decay, weight)
         tile.mul_(products * self.mask)
         if self.diagonal is not None and self.same is not None:
             tile.addcmul_(products * self.same, self.diagonal[lo:hi].view(shape).unsqueeze(3))

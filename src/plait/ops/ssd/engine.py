@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.ops.chunks import Plan, active, compute_dtype, no_autocast, plan_visits
+from plait.ops.chunks import Plan, compute_dtype, no_autocast
 from plait.ops.ssd.blocks import Maps, Run, Sizes
 from plait.ops.ssd.narrow import NarrowGrads
+from plait.ops.ssd.sweep import plan_visits, sweep
 
 
 def chunk_scan(
@@ -54,8 +55,7 @@ def chunk_scan(
         if gather is None or slot is None:
             gather, slot = _dense_maps(plan, x.device)
         scatter = torch.where(plan.valid.reshape(-1), gather, x.shape[0])
-    visits = (None, None, None) if plan.turn is None else plan_visits(plan)
-    maps = Maps(gather, scatter, plan.valid, slot, *visits)
+    maps = Maps(gather, scatter, plan.valid, slot, *plan_visits(plan))
     sizes = Sizes(plan.size, plan.steps, plan.count, plan.n_seq, plan.length)
     diagonal = None if diagonal is None else diagonal.to(dtype)
     skip = None if skip is None else skip.to(dtype)
@@ -97,16 +97,20 @@ class _ChunkScan(torch.autograd.Function):
             for lo, hi in run.blocks():
                 xb, kb = run.heads(x, lo, hi, "x"), run.grouped(k, lo, hi, "k")
                 xe = run.scaled(xb, run.to_end[lo:hi], "x to end")
-                torch.bmm(kb.mT, xe, out=run.load(states, lo, hi))
-            final = _sweep(states, run.chunk_decay, initial, sizes, maps)
+                run.store(states, kb.mT, xe, lo, hi)
+            final = sweep(states, run.chunk_decay, initial, sizes, maps)
             y = run.new_output(x)
             for lo, hi in run.blocks():
-                xb, kb, qb = run.heads(x, lo, hi, "x"), run.grouped(k, lo, hi, "k"), run.grouped(q, lo, hi, "q")
+                xb, kb, qb = (
+                    run.heads(x, lo, hi, "x"),
+                    run.grouped(k, lo, hi, "k"),
+                    run.grouped(q, lo, hi, "q"),
+                )
                 tile, _, _ = run.tile(qb, kb, lo, hi)
                 tile = tile.view(-1, run.rows, run.rows)
                 within = run.from_heads(run.bmm(tile, run.to_heads(xb, "x heads"), "within"))
                 across = run.from_groups(run.bmm(qb, run.load(states, lo, hi), "across"))
-                yb = torch.addcmul(within, across, run.from_begin[lo:hi], out=run.room("y", *xb.shape))
+                yb = run.into("y", xb.shape, torch.addcmul, within, across, run.from_begin[lo:hi])
                 run.put(y, yb, lo, hi)
         ctx.save_for_backward(x, k, q, a, w, diagonal, skip, states, *indices)
         ctx.sizes = sizes
@@ -124,8 +128,8 @@ class _ChunkScan(torch.autograd.Function):
             for lo, hi in run.blocks():
                 dyb, qb = run.heads(dy, lo, hi, "dy"), run.grouped(q, lo, hi, "q")
                 dacross = run.scaled(dyb, run.from_begin[lo:hi], "dy from begin")
-                torch.bmm(qb.mT, dacross, out=run.load(leaving, lo, hi))
-            dinitial = _sweep(leaving, run.chunk_decay, dfinal, sizes, maps, reverse=True)
+                run.store(leaving, qb.mT, dacross, lo, hi)
+            dinitial = sweep(leaving, run.chunk_decay, dfinal, sizes, maps, reverse=True)
 
             dx, dk, dq = run.new_output(x), run.new_output(k), run.new_output(q)
             narrow = NarrowGrads(run)
@@ -148,45 +152,11 @@ class _ChunkScan(torch.autograd.Function):
                 dkb = torch.baddbmm(torch.bmm(dproducts.mT, qb), xe, leave.mT)
                 dxe = run.from_groups(run.bmm(kb, leave, "product"))
                 narrow.leaving_paths(xb, dxe, enter, leave, lo, hi)
-                dxb = torch.addcmul(
-                    run.from_heads(dx_within), dxe, run.to_end[lo:hi], out=run.room("scaled", *xb.shape)
-                )
+                dx_within = run.from_heads(dx_within)
+                dxb = run.into("scaled", xb.shape, torch.addcmul, dx_within, dxe, run.to_end[lo:hi])
                 run.put(dx, dxb, lo, hi)
                 run.put(dk, run.ungrouped(dkb), lo, hi)
                 run.put(dq, run.ungrouped(dqb), lo, hi)
             da, dw, ddiagonal, dskip = narrow.finish()
         wide = run.finish(dx), run.finish(dk), run.finish(dq)
         return (*wide, da, dw, ddiagonal, dskip, dinitial, None, *(None for _ in indices))
-
-
-def _sweep(
-    local: Tensor, decay: Tensor, state: Tensor, sizes: Sizes, maps: Maps, *, reverse: bool = False
-) -> Tensor:
-    """Run S <- decay_c S + local_c over the chunks of every sequence, last chunk first if `reverse`.
-
-    local (C+2, G, N, F P) is overwritten: entry c becomes the S that chunk c was given. decay (C, G, 1, F, 1);
-    state (S, G, N, F P). Returns the last S of each sequence. Entry C of `local` is -0.0, which changes no number
-    it is added to; entry C+1 takes what sequences without a k-th chunk write.
-    """
-    count, groups, _, heads, _ = decay.shape
-    local = local.unflatten(3, (heads, -1))
-    state = state.unflatten(3, (heads, -1))
-    steps = range(sizes.steps - 1, -1, -1) if reverse else range(sizes.steps)
-    if maps.order is None or maps.rank is None or maps.chunk is None:
-        chunks = local[:count].unflatten(0, (sizes.n_seq, sizes.steps)).unbind(1)
-        decays = decay.unflatten(0, (sizes.n_seq, sizes.steps)).unbind(1)
-        for k in steps:
-            new = torch.addcmul(chunks[k], decays[k], state)
-            chunks[k].copy_(state)
-            state = new
-        return state.flatten(3)
-    decay = torch.cat([decay, decay.new_ones(1, groups, 1, heads, 1)])
-    state = state.index_select(0, maps.order)
-    into = torch.where(maps.chunk == count, count + 1, maps.chunk)
-    for k in steps:
-        live = active(sizes.n_seq, sizes.length, sizes.size, k)
-        old, index = state[:live], maps.chunk[k, :live]
-        new = torch.addcmul(local.index_select(0, index), decay.index_select(0, index), old)
-        local.index_copy_(0, into[k, :live], old)
-        state = new if live == sizes.n_seq else torch.cat([new, state[live:]])
-    return state.index_select(0, maps.rank).flatten(3)

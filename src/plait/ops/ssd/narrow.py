@@ -1,9 +1,9 @@
 """Gradients of the chunk engine's narrow inputs: a, w, the diagonal weights and D.
 
-The gradient of a_t gathers, within a chunk, every path that crosses from before t to t or later. It is built from
-sums that all have one direction (through the entering state: later rows; through the leaving state: earlier
-columns) and from single tiles summed both ways without their diagonal, never from y . dy - x . dx, whose two
-halves are rounded apart and cancel.
+The gradient of a_t gathers, within a chunk, every path that crosses from before t to t or later. All its sums run in
+one direction: over later rows for what came in with the entering state, over earlier columns for what goes out with
+the leaving one, over both for a tile. So nothing large cancels, as it would in y . dy - x . dx, or in a tile's row
+sums minus its column sums: with strong steps among weak ones those lose half the digits of float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class NarrowGrads:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.flow: list[Tensor] = []
+        self.crossing: list[Tensor] = []
         self.entering: list[Tensor] = []
         self.leaving: list[Tensor] = []
         self.through: list[Tensor] = []
@@ -36,7 +36,7 @@ class NarrowGrads:
         shape = (hi - lo, run.groups, run.per_group, run.rows)
         weight = run.weight[lo:hi].view(shape)
         decayed = decay.mul_(dtile)
-        weighted = torch.mul(decayed, weight.unsqueeze(3), out=run.room("tile", *decay.shape))
+        weighted = run.into("tile", decay.shape, torch.mul, decayed, weight.unsqueeze(3))
         dproducts = weighted.sum(2).mul_(run.mask)
         paths = decayed.mul_(products * run.mask)
         if run.skip is not None:
@@ -49,16 +49,10 @@ class NarrowGrads:
             diagonal = run.diagonal[lo:hi].view(shape)
             dproducts.addcmul_((dtile * diagonal.unsqueeze(3)).sum(2), run.same)
             self.diagonal.append((dtile * (products * run.same)).sum(3).flatten(1, 2))
-            columns = paths.sum(3)
-            self.weight.append(columns.flatten(1, 2))
-        else:
-            # A token's path to itself crosses no decay.
-            own = paths.diagonal(dim1=3, dim2=4).clone()
-            paths.diagonal(dim1=3, dim2=4).zero_()
-            columns = paths.sum(3)
-            self.weight.append((columns + own).flatten(1, 2))
-        rows = torch.matmul(paths, weight.unsqueeze(4)).squeeze(4)
-        self.flow.append((rows - columns * weight).flatten(1, 2))
+        self.weight.append(paths.sum(3).flatten(1, 2))
+        # [i, t] becomes the sum over columns up to t; rows after t then give what crosses from t to t + 1
+        crossing = paths.mul_(weight.unsqueeze(3)).cumsum_(4).mul_(run.later)
+        self.crossing.append(crossing.sum(3).flatten(1, 2))
         return dproducts.flatten(0, 1)
 
     def entering_paths(self, dacross: Tensor, across: Tensor) -> None:
@@ -69,9 +63,9 @@ class NarrowGrads:
     def leaving_paths(self, x: Tensor, dx: Tensor, enter: Tensor, leave: Tensor, lo: int, hi: int) -> None:
         """Take x and dx = k dS_out as rows, and the states S_in, dS_out (B G, N, F P)."""
         run = self.run
-        paths = torch.mul(x, dx, out=run.room("scaled", *x.shape)).sum(4)
+        paths = run.into("scaled", x.shape, torch.mul, x, dx).sum(4)
         self.leaving.append((paths * run.to_end_unweighted[lo:hi].squeeze(4)).flatten(2))
-        both = torch.mul(enter, leave, out=run.room("tile", *enter.shape))
+        both = run.into("tile", enter.shape, torch.mul, enter, leave)
         both = both.view(hi - lo, run.groups, run.state, run.per_group, run.width).sum((2, 4))
         self.through.append((both * run.chunk_decay[lo:hi, :, 0, :, 0]).flatten(1))
 
@@ -80,12 +74,14 @@ class NarrowGrads:
         run = self.run
         leaving = torch.cat(self.leaving)
         weight = torch.cat(self.weight).transpose(1, 2) + leaving
-        earlier = self._tokens(leaving * run.weight.transpose(1, 2))
-        later = self._tokens(torch.cat(self.flow).transpose(1, 2) + torch.cat(self.entering))
-        da = later.flip(1).cumsum(1).flip(1)
-        da = da + torch.nn.functional.pad(earlier.cumsum(1)[:, :-1], (0, 0, 1, 0))
-        da = da + torch.cat(self.through).unsqueeze(1)
-        ddiagonal = self._flat(self._tokens(torch.cat(self.diagonal).transpose(1, 2))) if self.diagonal else None
+        columns = self._tokens(leaving * run.weight.transpose(1, 2)).cumsum(1)
+        rows = self._tokens(torch.cat(self.entering)).flip(1).cumsum(1).flip(1)
+        crossing = torch.cat(self.crossing).transpose(1, 2)[:, run.rank - 1 :: run.rank]
+        earlier = torch.nn.functional.pad((columns + crossing)[:, :-1], (0, 0, 1, 0))
+        da = earlier + rows + torch.cat(self.through).unsqueeze(1)
+        ddiagonal = (
+            self._flat(self._tokens(torch.cat(self.diagonal).transpose(1, 2))) if self.diagonal else None
+        )
         dskip = torch.stack(self.skip).sum(0).flatten() if self.skip else None
         return self._flat(da), self._flat(self._tokens(weight)), ddiagonal, dskip
 

@@ -93,7 +93,7 @@ def trapezoidal_ssd(
             o = v.unsqueeze(2).expand(-1, -1, rank, -1, -1).clone()
             return o, (ssm.clone(), last_k.clone(), last_v.clone())
 
-        ranks = 1.0 if rank_in is None else rank_in.to(kind).transpose(0, 1)
+        ranks = None if rank_in is None else rank_in.to(kind).transpose(0, 1)
         gamma, beta = dt.to(kind) * lam.to(kind), dt.to(kind) * (1 - lam.to(kind))
         following = torch.nn.functional.pad(beta[:, 1:], (0, 0, 0, 1))
         if cu_seqlens is None:
@@ -105,12 +105,12 @@ def trapezoidal_ssd(
             # the next token of the row may be another document's first
             following = following.masked_fill((position.roll(-1) == 0).unsqueeze(1), 0)
             first_beta = beta[0].index_select(0, begin.clamp(max=length - 1)).masked_fill(~filled[:, None], 0)
-        ranked_v = last_v.unsqueeze(1) * ranks
-        resumed = torch.einsum("srhp,srhn->shpn", ranked_v.expand(-1, rank, -1, -1), last_k)
+        last_rows = last_v.unsqueeze(1) if ranks is None else last_v.unsqueeze(1) * ranks
+        resumed = torch.einsum("srhp,srhn->shpn", last_rows.expand(-1, rank, -1, -1), last_k)
         plan = plan_chunks(v, _size(chunk_size // rank, v, cu_seqlens, max_len), cu_seqlens, max_len)
-        rows = v.unsqueeze(2) if rank == 1 and rank_in is None else (v.unsqueeze(2) * ranks).expand(-1, -1, rank, -1, -1)
+        rows = v.unsqueeze(2) if ranks is None else v.unsqueeze(2) * ranks
         o, final = chunk_scan(
-            rows.flatten(0, 1),
+            rows.expand(-1, -1, rank, -1, -1).flatten(0, 1),
             k.flatten(0, 1),
             q.flatten(0, 1),
             log_decay.to(kind).flatten(0, 1),

@@ -105,7 +105,9 @@ def trapezoidal_ssd(
         new = torch.einsum("brhp,brhn->bhpn", ranked, last_k)
         beta = decay[:, t] * dt[:, t] * (1 - lam[:, t])
         gamma = dt[:, t] * lam[:, t]
-        state = decay[:, t, :, None, None] * state + beta[..., None, None] * old + gamma[..., None, None] * new
+        state = (
+            decay[:, t, :, None, None] * state + beta[..., None, None] * old + gamma[..., None, None] * new
+        )
         o = torch.einsum("bhpn,brhn->brhp", state, queries[:, t])
         os.append(o if D is None else o + D.to(kind)[:, None] * ranked)
         for past, now in zip(history, (state, last_k, last_v), strict=True):

@@ -1,0 +1,159 @@
+"""Two gloo processes do what one does: same losses, and each resumes from the other's checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.config.errors import TrainingError
+from plait.training import train
+from plait.training.distributed import World, choose_device, session
+from tests.training import runs
+
+# No dropout: each process has random numbers of its own. Five rows in pieces of one: three pieces on one process,
+# two and an empty one on the other. An embedding that is tied, and a scalar-free model, for FSDP.
+COMMON = {"model": {"dropout": 0.0, "pattern": "attention lstm"}, "micro_batch_tokens": 32, "steps": 6}
+KINDS = {
+    "replicate": {"parallel": "replicate"},
+    "shard": {"parallel": "shard", "sample_every": 3, "sample_tokens": 4},
+}
+
+# One start for everything: importing torch twice is most of the time.
+CHILD = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from plait.config.errors import CheckpointError
+from plait.training import train
+from tests.training import runs
+from tests.training.test_distributed import COMMON, KINDS
+
+folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
+for name, options in KINDS.items():
+    os.environ["MASTER_PORT"] = next(ports)
+    config = runs.load_config(runs.values(folder / name, **COMMON, **options, checkpoint_every=3, eval_every=3))
+    result = train(config, quiet=True)
+    assert torch.distributed.is_initialized() is False
+    if name == "shard":
+        assert type(result.model.embedding.tokens.weight.data).__name__ == "DTensor"
+os.environ["MASTER_PORT"] = next(ports)
+one = runs.load_config(runs.values(folder / "one", **COMMON, parallel="shard", out=str(folder / "from_one")))
+train(one, resume=folder / "one" / "run" / "checkpoints" / "step-00000003", quiet=True)
+os.environ["MASTER_PORT"] = next(ports)
+if os.environ["RANK"] == "1":
+    import plait.training.checkpoint as checkpoint
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+    checkpoint.save_file = full
+try:
+    train(runs.load_config(runs.values(folder / "full", **COMMON)), quiet=True)
+except CheckpointError as error:
+    assert os.environ["RANK"] == "1" and "No space left" in str(error)
+except Exception as error:
+    assert os.environ["RANK"] == "0" and "No space left" in str(error), error
+else:
+    raise AssertionError("a full disk on one process must stop both")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same run by one process and by two, replicated and sharded."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("one", "full", *KINDS):
+        runs.corpus(folder / name)
+    runs.run(folder / "one", **COMMON, checkpoint_every=3, eval_every=3)
+    ports = [str(runs.free_port()) for _ in range(len(KINDS) + 2)]
+    processes = [
+        runs.spawn(
+            CHILD,
+            str(folder),
+            *ports,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_processes_have_the_losses_of_one(folder: Path, name: str) -> None:
+    one, two = (runs.losses(folder / which / "run") for which in ("one", name))
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-6), step
+    evaluations = [runs.evaluations(folder / which / "run") for which in ("one", name)]
+    assert list(evaluations[0]) == [3, 6]
+    for step, bits in evaluations[0].items():
+        assert evaluations[1][step] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_process_goes_on_from_two(folder: Path, tmp_path: Path, name: str) -> None:
+    checkpoint = folder / name / "run" / "checkpoints" / "step-00000003"
+    config = runs.load_config(runs.values(folder / "one", **COMMON, out=str(tmp_path / "run")))
+    assert train(config, resume=checkpoint, quiet=True).step == 6
+    one, rest = runs.losses(folder / "one" / "run"), runs.losses(tmp_path / "run")
+    assert list(rest) == [4, 5, 6]
+    for step, loss in rest.items():
+        assert loss == pytest.approx(one[step], rel=1e-6), step
+
+
+def test_two_processes_go_on_from_one(folder: Path) -> None:
+    one, rest = runs.losses(folder / "one" / "run"), runs.losses(folder / "from_one")
+    assert list(rest) == [4, 5, 6]
+    for step, loss in rest.items():
+        assert loss == pytest.approx(one[step], rel=1e-6), step
+
+
+def test_a_sharded_model_samples_and_is_saved_whole(folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "shard" / "run" / "samples").iterdir()) == [
+        "step-00000003.txt",
+        "step-00000006.txt",
+    ]
+    checkpoint = folder / "shard" / "run" / "checkpoints" / "step-00000006" / "train"
+    assert len(list(checkpoint.glob("rng-*"))) == len(list((checkpoint / "optimizer").iterdir())) == 2
+
+
+def test_a_full_disk_on_one_process_leaves_nothing(folder: Path) -> None:
+    assert list((folder / "full" / "run" / "checkpoints").iterdir()) == []
+
+
+def test_one_process_starts_no_group() -> None:
+    config = runs.load_config({"training": {"device": "cpu"}}).training
+    with session(config) as world:
+        assert world == World(0, 1, torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
+        assert world.sums([1.5, 2]) == [1.5, 2] and world.share("x") == "x" and world.first
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gpu", "no device"), ("cuda", "finds no CUDA"), ("mps", "finds no MPS")],
+)
+def test_a_device_that_is_not_there_is_refused(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match=words):
+        choose_device(name)
+
+
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    asked = pytest.raises(TrainingError, match="RANK is not; start several processes with torchrun")
+    with asked, session(runs.load_config(None).training):
+        raise AssertionError("not reached")

@@ -1,0 +1,342 @@
+"""A run from a config to its folder: what it writes, when it stops, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import plait.training.trainer as trainer_module
+from plait.config.errors import BuildError, CapacityError, DataError, TrainingError
+from plait.config.load import load_config
+from plait.data.batch import Batch
+from plait.formats.native import load_model, load_saved_tokenizer
+from plait.training import train
+from plait.training.signals import stop_request
+from plait.training.step import Update
+from tests.training import runs
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_all_of_it(tmp_path: Path) -> None:
+    result = runs.run(
+        tmp_path,
+        steps=6,
+        eval_every=2,
+        sample_every=3,
+        sample_prompts=["the ", ""],
+        sample_tokens=5,
+        log_every=2,
+    )
+    run = tmp_path / "run"
+    assert result.run == run and result.stopped == "steps" and result.step == 6
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "samples",
+    ]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "step-00000003.txt",
+        "step-00000006.txt",
+    ]
+    assert (run / "samples" / "step-00000006.txt").read_text().startswith("the ")
+    assert [(x["kind"], x["step"]) for x in lines(run)] == [
+        ("train", 1),
+        ("train", 2),
+        ("evaluation", 2),
+        ("train", 4),
+        ("evaluation", 4),
+        ("train", 6),
+        ("evaluation", 6),
+    ]
+    last, held_out = lines(run)[-2:]
+    assert last["tokens"] == result.tokens == 6 * 160 and last["loss"] == result.loss
+    assert result.validation is not None and held_out["bits_per_byte"] == result.validation.bits_per_byte
+    # Bytes have one byte each, but the document's first is not predicted from nothing: it follows its bos.
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.05)
+    environment = json.loads((run / "env.json").read_text())["starts"]
+    assert len(environment) == 1 and environment[0]["processes"] == 1
+
+
+def test_the_saved_config_runs_the_same_run_again(tmp_path: Path) -> None:
+    first = runs.run(tmp_path, steps=3)
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert config.model.vocab_size == 260
+    again = train(config.replace(training=config.training.replace(out=str(tmp_path / "again"))), quiet=True)
+    assert again.loss == first.loss
+    assert again.checkpoint is not None and first.checkpoint is not None
+    assert runs.tensor_hashes(again.checkpoint) == runs.tensor_hashes(first.checkpoint)
+
+
+def test_the_model_that_comes_back_is_the_one_that_is_saved(tmp_path: Path) -> None:
+    result = runs.run(tmp_path, steps=2)
+    loaded = load_model(tmp_path / "run")
+    assert all(map(torch.equal, loaded.parameters(), result.model.parameters()))
+    tokenizer = load_saved_tokenizer(tmp_path / "run")
+    assert tokenizer is not None and tokenizer.fingerprint() == result.tokenizer.fingerprint()
+
+
+def test_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    runs.run(tmp_path, steps=1, threads=2, deterministic=True, seed=7)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[index, union-attr]
+    assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_accumulation_does_not_change_the_numbers(tmp_path: Path) -> None:
+    model = {"dropout": 0.0}
+    whole = runs.run(tmp_path / "whole", micro_batch_tokens=None, model=model)
+    parts = runs.run(tmp_path / "parts", micro_batch_tokens=32, model=model)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+    first, second = (runs.losses(r.run) for r in (whole, parts))
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"deterministic": True}])
+def test_what_must_not_change_the_numbers_does_not(tmp_path: Path, options: dict[str, Any]) -> None:
+    """With dropout: the recomputed forward draws the same."""
+    plain, other = runs.run(tmp_path / "plain"), runs.run(tmp_path / "other", **options)
+    assert list(runs.losses(plain.run).values()) == pytest.approx(
+        list(runs.losses(other.run).values()), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_products_train_as_well(tmp_path: Path, precision: str) -> None:
+    wide, narrow = (
+        runs.run(tmp_path / name, precision=name, model={"dropout": 0.0}) for name in ("fp32", precision)
+    )
+    assert all(parameter.dtype == torch.float32 for parameter in narrow.model.parameters())
+    first, second = runs.losses(wide.run), runs.losses(narrow.run)
+    assert first != second
+    assert list(second.values()) == pytest.approx(list(first.values()), rel=0.02)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    corpus = runs.corpus(tmp_path)
+    for path in corpus.iterdir():
+        path.write_text("abcdefgh" * 20)
+    result = train(
+        load_config(runs.values(tmp_path, steps=40, lr=2e-2, eval_every=20, model={"dropout": 0.0})),
+        quiet=True,
+    )
+    assert result.validation is not None and result.validation.bits_per_byte is not None
+    assert result.validation.bits_per_byte < 1.0 < 6.0 < lines(result.run)[0]["bits_per_byte"]
+
+
+def test_steps_follow_epochs_and_time(tmp_path: Path) -> None:
+    result = runs.run(tmp_path / "epochs", epochs=0.5, steps=10_000)
+    assert result.stopped == "steps" and result.step < 10
+    result = runs.run(tmp_path / "time", minutes=1e-3, steps=10_000_000)
+    assert result.stopped == "time" and 0 < result.step < 10_000
+    last = [line for line in lines(result.run) if line["kind"] == "train"][-1]
+    assert last["lr"] < 3e-3, "the schedule followed the time"
+    assert result.checkpoint is not None
+
+
+def sent_at(step: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something in the middle of a step."""
+    real, made = trainer_module.train_step, 0
+
+    def train_step(*arguments: Any) -> Update:
+        nonlocal made
+        made += 1
+        if made == step:
+            action()
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer_module, "train_step", train_step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_at_the_end_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    whole = runs.run(tmp_path / "whole", steps=4)
+    sent_at(2, lambda: os.kill(os.getpid(), number), monkeypatch)
+    screen = io.StringIO()
+    config = runs.tiny(tmp_path / "broken", steps=4)
+    result = train(config, console=Console(file=screen, width=200))
+    run = tmp_path / "broken" / "run"
+    assert result.stopped == "signal" and result.step == 2
+    assert result.checkpoint == run / "checkpoints" / "step-00000002"
+    assert f"stopped by {number.name}: step 2" in screen.getvalue()
+    assert f"plait train --resume {run}" in screen.getvalue()
+    monkeypatch.undo()
+    rest = train(resume=run, quiet=True)
+    assert whole.checkpoint is not None and rest.checkpoint is not None
+    assert runs.tensor_hashes(rest.checkpoint) == runs.tensor_hashes(whole.checkpoint)
+
+
+def test_a_second_interrupt_breaks_off() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_request() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    real = trainer_module.set_up
+    models: list[torch.nn.Module] = []
+
+    def set_up(*arguments: Any) -> Any:
+        parts = real(*arguments)
+        models.append(parts.model)
+        return parts
+
+    def spoil() -> None:
+        with torch.no_grad():
+            models[-1].get_parameter("final_norm.weight")[0] = float("nan")
+
+    monkeypatch.setattr(trainer_module, "set_up", set_up)
+    sent_at(4, spoil, monkeypatch)
+    with pytest.raises(TrainingError) as error:
+        runs.run(tmp_path, steps=8, checkpoint_every=2, precision=precision)
+    text = str(error.value)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert "the loss is nan at step 4" in text and "\n" not in text
+    assert f"plait train --resume {checkpoint} --training.lr=0.0015" in text
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert max(runs.losses(tmp_path / "run")) == 3, "nothing was written after it went bad"
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.nn.utils.get_total_norm
+    calls = 0
+
+    def norm(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tensor(math.inf) if calls == 3 else real(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+    with pytest.raises(TrainingError, match=r"norm of the gradient is inf at step 3.*no checkpoint yet"):
+        runs.run(tmp_path / "wide")
+    calls = 0
+    result = runs.run(tmp_path / "fp16", precision="fp16")
+    records = [line for line in lines(result.run) if line["kind"] == "train"]
+    assert [line["grad_norm"] is None for line in records] == [False, False, True, *[False] * 5]
+
+
+def test_running_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Update:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(trainer_module, "train_step", full)
+    with pytest.raises(TrainingError, match=r"out of memory with 64 tokens.*micro_batch_tokens=32"):
+        runs.run(tmp_path)
+
+
+def test_a_disk_full_in_the_middle_of_a_log_line_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    sent_at(2, lambda: monkeypatch.setattr(Path, "open", full), monkeypatch)
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        runs.run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"data": {"train": None}}, DataError, "no text is named"),
+        ({"data": {"train": "/nowhere/at/all"}}, DataError, "no file or folder"),
+        ({"batch_tokens": 16, "micro_batch_tokens": None}, TrainingError, "less than one row"),
+        ({"model": {"vocab_size": 100}}, TrainingError, "leave model.vocab_size out"),
+        ({"objective": "masked_lm"}, TrainingError, "--model.head.kind=masked_lm"),
+        (
+            {"sample_every": 5, "model": {"head": "masked_lm"}, "objective": "masked_lm"},
+            BuildError,
+            "cannot generate",
+        ),
+        (
+            {"sample_every": 5, "model": {"embedding": {"position": "learned", "max_positions": 64}}},
+            CapacityError,
+            "at most 64 new tokens",
+        ),
+    ],
+)
+def test_what_cannot_begin_is_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    runs.corpus(tmp_path)
+    with pytest.raises(error, match=words) as caught:
+        train(load_config(runs.values(tmp_path, **changes)), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tokenizer_is_trained_on_the_data_and_kept(tmp_path: Path) -> None:
+    corpus = runs.corpus(tmp_path)
+    config = load_config({**runs.values(tmp_path, steps=2), "tokenizer": {"type": "bpe", "vocab_size": 280}})
+    result = train(config, quiet=True)
+    assert result.tokenizer.type == "bpe" and result.model.vocab_size == result.tokenizer.vocab_size
+    for path in corpus.iterdir():  # a resumed run reads the tokenizer, it does not train another
+        path.write_text(path.read_text().upper())
+    rest = train(config.replace(training=config.training.replace(steps=3)), resume=result.run, quiet=True)
+    assert rest.tokenizer.fingerprint() == result.tokenizer.fingerprint()
+
+
+def test_what_is_shown(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    train(
+        runs.tiny(tmp_path, steps=4, eval_every=2, log_every=2, sample_every=4, sample_tokens=3),
+        console=Console(file=screen, width=300),
+    )
+    text = screen.getvalue()
+    for words in (
+        "parameters on cpu",
+        "optimizer: matrix",
+        "step 2/4  50 %",
+        "bits/byte",
+        "held out: loss",
+        "sample:",
+    ):
+        assert words in text, text
+    assert "all steps done" in text
+    screen = io.StringIO()
+    config = runs.tiny(tmp_path, steps=5, lr=1e-3)
+    train(config, resume="auto", console=Console(file=screen, width=300, force_terminal=True))
+    text = screen.getvalue()
+    assert "resumed at step 4" in text and "changed: training.lr was 0.003, is now 0.001" in text
+    assert train(config, resume="auto", quiet=True).step == 5
+
+
+def test_batches_say_how_many_targets_they_have(tmp_path: Path) -> None:
+    """What data counts and what the model's loss is over are the same."""
+    result = runs.run(tmp_path, steps=1)
+    for separate in ("separate", "joined"):
+        config = runs.tiny(tmp_path, data={"documents": separate})
+        parts = trainer_module.set_up(config, tmp_path, None, trainer_module.World(0, 1, torch.device("cpu")))
+        batch: Batch
+        for batch in (
+            *parts.loader.micro_batches(2),
+            *parts.evaluation(trainer_module.World(0, 1, result.model.device)),
+        ):
+            assert int(parts.model(**batch.inputs()).n_targets) == batch.n_targets
+            assert int((parts.objective.targets(batch) >= 0).sum()) == batch.n_targets
