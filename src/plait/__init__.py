@@ -12,6 +12,9 @@ from plait.config.lazy import lazy_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from plait.api import build as build
+    from plait.api import load as load
+    from plait.api import train as train
     from plait.config.errors import PlaitError as PlaitError
     from plait.config.load import load_config as load_config
     from plait.config.load import save_config as save_config
@@ -27,14 +30,14 @@ __getattr__, __dir__ = lazy_names(
         "Model": "plait.models:Model",
         "ModelConfig": "plait.config.schema:ModelConfig",
         "PlaitError": "plait.config.errors:PlaitError",
-        "build": "plait.models:build",
+        "build": "plait.api:build",
         "generate": "plait.inference.generate:generate",
-        "load": "plait.formats.native:load_model",
+        "load": "plait.api:load",
         "load_config": "plait.config.load:load_config",
         "load_tokenizer": "plait.tokenizers:load_tokenizer",
         "register_mixer": "plait.config.table:register_mixer",
         "save_config": "plait.config.load:save_config",
-        "train": "plait.training:train",
+        "train": "plait.api:train",
         "use_backend": "plait.ops.dispatch:use_backend",
     },
 )

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from plait.cli import selfcheck
+from plait.cli.cases import CASES, Case
+from plait.config.errors import BackendError
 from plait.ops import dispatch
 from tests.cli.conftest import Run
 
@@ -25,18 +27,18 @@ def test_a_sound_machine(plait: Run) -> None:
 
 
 def test_there_is_a_case_for_every_op() -> None:
-    assert set(selfcheck.CASES) == {row.op for row in dispatch.table()}
+    assert set(CASES) == {row.op for row in dispatch.table()}
 
 
-@pytest.mark.parametrize("op", selfcheck.CASES)
+@pytest.mark.parametrize("op", CASES)
 def test_the_reference_agrees_with_itself_and_every_input_matters(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert selfcheck.check(op, "reference", CPU) < selfcheck.TOLERANCE
-    case = selfcheck.CASES[op](torch.Generator().manual_seed(0))
+    case = CASES[op](torch.Generator().manual_seed(0))
     results = _results(case)
     for name, given in case.inputs.items():
-        other = selfcheck.Case(case.run, {**case.inputs, name: given * _nearly_one(given)}, case.fixed)
+        other = Case(case.run, {**case.inputs, name: given * _nearly_one(given)}, case.fixed)
         changed = _results(other)
         outputs = [n for n in results if n.startswith("output")]
         assert (
@@ -48,7 +50,7 @@ def _nearly_one(given: torch.Tensor) -> torch.Tensor:
     return (0.95 + 0.1 * (torch.arange(given.numel()) % 2)).view(given.shape)  # no norm divides it out
 
 
-def _results(case: selfcheck.Case) -> dict[str, torch.Tensor]:
+def _results(case: Case) -> dict[str, torch.Tensor]:
     return selfcheck._results(case, "reference", CPU, wide=True, seed=0)
 
 
@@ -85,6 +87,18 @@ def test_what_a_backend_raises_is_named(plait: Run, monkeypatch: pytest.MonkeyPa
     ran = plait("doctor")
     assert ran.status == 1
     assert "wrong: portable ssd on cpu: RuntimeError: no kernel image is available" in ran.out
+
+
+def test_a_backend_that_refuses_is_not_wrong_but_says_why(
+    plait: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any, **more: Any) -> Any:
+        raise BackendError("ssd: backend 'portable' cannot run: it is Sunday")
+
+    _break(monkeypatch, "plait.ops.ssd.portable:ssd", refuses)
+    ran = plait("doctor")
+    assert "portable: ssd: backend 'portable' cannot run: it is Sunday" in ran.out
+    assert "wrong: portable ssd" not in ran.out
 
 
 def test_not_a_number_is_wrong() -> None:

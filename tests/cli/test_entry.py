@@ -145,6 +145,14 @@ def test_what_goes_wrong_is_one_line(
     assert (ran.status, ran.out, ran.err) == (status, "", said)
 
 
+def test_ctrl_c_while_a_command_is_being_imported_is_quiet(plait: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(target: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plait.cli.entry.load_object", interrupted)
+    assert plait("info", "tiny") == (130, "", "")
+
+
 def test_out_of_memory_is_one_line_with_advice(plait: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

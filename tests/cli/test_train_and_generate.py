@@ -7,12 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from plait import api
 from plait.formats.folders import list_checkpoints
 from tests.cli.conftest import TINY, Ran, Run
-
-STEP = re.compile(r"step (\d+)/")
 
 
 def names(folder: Path) -> set[str]:
@@ -44,22 +43,36 @@ def test_train_shows_the_run_and_its_next_commands_work(plait: Run, corpus: Path
     assert Path("runs/my run/loss.png").stat().st_size > 1000
 
 
-def test_resume_is_the_same_as_never_stopping(plait: Run, trained: Path, corpus: Path) -> None:
-    import torch
-
-    cache = f"--data.cache={trained.parent / 'cache'}"
-    whole = plait(
-        "train", *TINY, cache, f"--data.train={corpus}", "--training.out=whole", "--training.steps=4"
+def test_resume_is_the_same_as_never_stopping(plait: Run, corpus: Path) -> None:
+    words = (
+        f"--data.train={corpus}",
+        "--training.steps=4",
+        "--training.checkpoint_every=2",
+        "--training.seed=5",
     )
-    assert whole.status == 0, whole
-    Path("half.yaml").write_text(plait("config", "show", "whole").out.replace("out: whole", "out: half"))
-    for words in (["--training.steps=2"], ["--resume"], ["--resume", "auto"]):
-        ran = plait("train", "half.yaml", *words)
+    ran = plait("train", *TINY, *words, "--training.out=whole", "--model.dropout=0.1")
+    assert ran.status == 0, ran
+    ran = plait("train", "--resume", "whole/checkpoints/step-00000002", "--training.out=rest")
+    assert ran.status == 0 and "resumed at step 2" in ran.err, ran
+    a, b = (api.load(folder).state_dict() for folder in ("whole", "rest"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    before = api.load("whole/checkpoints/step-00000002").state_dict()
+    assert not any(torch.equal(a[name], before[name]) for name in a)
+
+
+def test_resume_by_itself_means_the_run_of_the_config(plait: Run, corpus: Path) -> None:
+    Path("c.yaml").write_text("experiment_name: c\n")
+    words = ("train", "c.yaml", *TINY, f"--data.train={corpus}")
+    for steps, resume in (
+        (1, ["--resume"]),
+        (2, ["--resume"]),
+        (3, ["--resume", "auto"]),
+        (4, ["--resume=runs/c"]),
+    ):
+        ran = plait(*words, *resume, f"--training.steps={steps}")
         assert ran.status == 0, ran
-    assert names(Path("half")) == {"step-00000002", "step-00000004"}
-    a, b = (api.load(folder).state_dict() for folder in ("whole", "half"))
-    # The schedule of the first two steps is that of a run of two, so equal only from the same checkpoint on.
-    assert a.keys() == b.keys() and any(not torch.equal(a[name], b[name]) for name in a)
+        assert ("resumed at step" in ran.err) == (steps > 1)
+    assert names(Path("runs/c")) == {"step-00000003", "step-00000004"}
 
 
 def test_resume_of_a_folder_alone(plait: Run, trained: Path) -> None:

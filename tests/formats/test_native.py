@@ -74,6 +74,7 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     for file in ("model.safetensors", "config.json", "tokenizer/plait_tokenizer.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     tokenizer = load_saved_tokenizer(tmp_path / "a")
+    assert load_model(tmp_path / "a").tokenizer.fingerprint() == BytesTokenizer().fingerprint()
     assert tokenizer is not None and tokenizer.fingerprint() == BytesTokenizer().fingerprint()
     save_model(model, tmp_path / "bare")
     assert load_saved_tokenizer(tmp_path / "bare") is None

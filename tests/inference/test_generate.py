@@ -223,7 +223,9 @@ def test_learned_positions_are_a_limit_that_is_known_before_the_start() -> None:
     model = make_model("attention", embedding={"position": "learned", "max_positions": 12})
     assert len(generate(model, [1, 2, 3], max_new_tokens=10, seed=0)) == 10
     counted = Counted(model)
-    with pytest.raises(CapacityError, match="3 tokens and 11 new .* 12 learned positions: .* at most 10 new"):
+    with pytest.raises(
+        CapacityError, match=r"3 tokens and 11 new .* 12 learned positions: .* at most 10 new"
+    ):
         generate(model, [1, 2, 3], max_new_tokens=11)
     assert not counted.tokens
 

@@ -375,24 +375,38 @@ def test_memory_and_number_of_operations() -> None:
     assert counts[1] < 2.1 * counts[0] < 2.1 * (40 * CHUNK * 16 + 10 * 512 // CHUNK)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compile(compiler: str) -> None:
-    """One graph, without breaks, for packings of all kinds."""
+@pytest.fixture
+def small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.ops.selective_scan.portable.CHUNK", 4)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(compiler)
+
+
+@pytest.mark.usefixtures("small_graph")
+def test_packings_share_a_graph() -> None:
+    """Twenty packings: one graph, without breaks, and another one when max_len first changes."""
+    counter = CompileCounterWithBackend("eager")
     compiled: Callable[..., Any] = torch.compile(selective_scan, fullgraph=True, backend=counter)
     counts = []
     for seed in range(20):
-        cu_seqlens, max_len = padded_cumulative(random_lengths(40, 5 + seed % 4, seed))
-        tensors = make(1, 40, dtype=torch.float32, n_seq=8, seed=seed)
+        cu_seqlens, max_len = padded_cumulative(random_lengths(24, 3 + seed % 2, seed))
+        tensors = make(1, 24, dtype=torch.float32, n_seq=4, seed=seed)
         options = {"cu_seqlens": cu_seqlens, "max_len": max_len, "dt_softplus": True, "backend": "portable"}
         assert_same_run(run(compiled, tensors, **options), run(selective_scan, tensors, **options), 1e-5)
-        counts.append(counter.frame_count)
-    assert counts[-1] == counts[5] <= 3
-    for backend, length in (("portable", CHUNK + 1), ("reference", 3)):
-        tensors = make(2, length, dtype=torch.float32)
-        got = run(compiled, tensors, dt_softplus=True, backend=backend)
-        assert_same_run(got, run(selective_scan, tensors, dt_softplus=True, backend=backend), 1e-5)
+        counts.append((max_len, counter.frame_count))
+    assert len({max_len for max_len, _ in counts}) > 1
+    assert counts[-1][1] == counts[5][1] <= 3
+
+
+@pytest.mark.usefixtures("small_graph")
+@pytest.mark.parametrize(("backend", "lengths"), [("portable", None), ("portable", [5, 0, 4]), ("reference", None)])
+def test_compiled_gradients(backend: str, lengths: list[int] | None) -> None:
+    """Forward and backward as graphs of plain operations."""
+    compiled: Callable[..., Any] = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
+    tensors = make(1, 9, dtype=torch.float32, n_seq=1 if lengths is None else 3)
+    options: dict[str, Any] = {"dt_softplus": True, "backend": backend}
+    if lengths is not None:
+        options |= {"cu_seqlens": cumulative(lengths), "max_len": 8}
+    assert_same_run(run(compiled, tensors, **options), run(selective_scan, tensors, **options), 1e-5)
 
 
 def test_errors() -> None:

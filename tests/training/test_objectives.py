@@ -12,10 +12,12 @@ import torch
 
 from plait.config.errors import DataError
 from plait.config.load import load_config
+from plait.data.loader import without_targets
 from plait.training import TrainResult, train
 from plait.training.distributed import World
 from plait.training.evaluate import evaluate
 from plait.training.setup import Setup, set_up
+from plait.training.step import train_step
 from tests.training import runs
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -85,6 +87,28 @@ def test_numbers_are_learnt(tmp_path: Path) -> None:
     result = labelled(tmp_path, {"one": 1.0, "two": 2.0}, 1)
     assert result.validation is not None and result.validation.accuracy is None
     assert result.validation.loss < 0.1 < runs.losses(result.run)[1]
+
+
+def test_a_batch_that_only_keeps_step_counts_for_nothing(tmp_path: Path) -> None:
+    """What a process gets that has no row left; a regression's labels have no value that means none."""
+    result = labelled(tmp_path, {"one": 1.0, "two": 2.0}, 1)
+    config = load_config(result.run / "config.yaml")
+    parts = set_up(config, tmp_path, None, HERE)
+    batches = parts.batches(HERE)
+    empty = without_targets(batches[0])
+    n_targets = sum(batch.n_targets for batch in batches)
+    found = []
+    for given in (batches, [*batches, empty]):
+        parts.optimizer.set_lr(0.0)
+        arguments = parts.forward, parts.objective, parts.optimizer, given, n_targets
+        update = train_step(*arguments, config.training, parts.scaler, HERE)
+        gradients = torch.cat([gradient.flatten() for gradient in parts.optimizer.gradients()])
+        evaluation = evaluate(
+            parts.model, parts.forward, parts.objective, given, parts.token_bytes, config.training, HERE
+        )
+        found.append((update.loss, gradients, evaluation))
+    assert found[0][0] == found[1][0] and found[0][2] == found[1][2]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_too_few_classes_are_refused(tmp_path: Path) -> None:

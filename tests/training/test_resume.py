@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plait.config.errors import CheckpointError, TrainingError
+from plait.config.errors import CheckpointError, DataError, TrainingError
 from plait.data.prepare import open_data
 from plait.tokenizers.bytes import BytesTokenizer
 from plait.training import rng, train
@@ -143,10 +143,12 @@ def test_a_moved_run_goes_on_where_it_lies(tmp_path: Path) -> None:
 def test_another_model_or_optimizer_is_refused(
     tmp_path: Path, change: dict[str, object], words: list[str]
 ) -> None:
-    runs.run(tmp_path, steps=1)
+    runs.run(tmp_path, steps=2, checkpoint_every=1)
     config = runs.tiny(tmp_path, **change)
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(CheckpointError) as error:
-        train(config, resume=tmp_path / "run", quiet=True)
+        train(config, resume=tmp_path / "run" / "checkpoints" / "step-00000001", quiet=True)
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
 
@@ -172,7 +174,15 @@ def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
     train(config, quiet=True)
     with pytest.raises(TrainingError, match="already holds a run: go on with it"):
         train(config, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    wrong = config.replace(data=config.data.replace(train=str(tmp_path / "elsewhere")))
+    with pytest.raises(DataError, match="holds no file"):  # what cannot begin overwrites nothing
+        train(wrong, quiet=True, overwrite=True)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert train(config, quiet=True, overwrite=True).step == 1
+    branch = config.replace(training=config.training.replace(out=str(tmp_path / "branch")))
+    branched = train(branch, resume=tmp_path / "run", quiet=True)
+    assert branched.checkpoint == tmp_path / "branch" / "checkpoints" / "step-00000001"
 
 
 def test_generators_are_captured_whole() -> None:

@@ -26,6 +26,8 @@ from plait.training.signals import stop_request
 from plait.training.step import Update
 from tests.training import runs
 
+HERE = trainer_module.World(0, 1, torch.device("cpu"))
+
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -117,6 +119,43 @@ def test_what_must_not_change_the_numbers_does_not(tmp_path: Path, options: dict
     assert list(runs.losses(plain.run).values()) == pytest.approx(
         list(runs.losses(other.run).values()), rel=1e-6
     )
+
+
+def test_the_loss_scale_is_resumed(tmp_path: Path) -> None:
+    result = runs.run(tmp_path, steps=3, precision="fp16")
+    config = runs.tiny(tmp_path, precision="fp16")
+    assert result.checkpoint is not None
+    parts = trainer_module.set_up(config, tmp_path, result.checkpoint, HERE)
+    assert parts.scaler.state() == {"scale": 2.0**16, "good_steps": 3}
+
+
+def test_looking_does_not_disturb(tmp_path: Path) -> None:
+    """Evaluations, samples and checkpoints draw no random number of the run's, with dropout."""
+    plain = runs.run(tmp_path / "plain")
+    watched = runs.run(
+        tmp_path / "watched", eval_every=2, sample_every=3, sample_tokens=8, checkpoint_every=2
+    )
+    assert runs.losses(plain.run) == runs.losses(watched.run)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_is_clipped_as_a_whole(tmp_path: Path, precision: str) -> None:
+    """In float16 after the scale of the loss is taken out again."""
+    config = runs.tiny(tmp_path, grad_clip=0.05, model={"dropout": 0.0}, precision=precision)
+    parts = trainer_module.set_up(config, tmp_path, None, HERE)
+    batches = parts.batches(HERE)
+    n_targets = sum(batch.n_targets for batch in batches)
+    parts.optimizer.set_lr(0.0)
+    arguments = parts.forward, parts.objective, parts.optimizer, batches, n_targets
+    update = trainer_module.train_step(*arguments, parts.config.training, parts.scaler, HERE)
+    clipped = [gradient.clone() for gradient in parts.optimizer.gradients()]
+    free = parts.config.training.replace(grad_clip=None)
+    again = trainer_module.train_step(*arguments, free, parts.scaler, HERE)
+    whole = parts.optimizer.gradients()
+    assert again.grad_norm == pytest.approx(update.grad_norm) and update.grad_norm > 0.1
+    assert float(torch.cat([g.flatten() for g in whole]).norm()) == pytest.approx(update.grad_norm, rel=1e-5)
+    for small, large in zip(clipped, whole, strict=True):
+        torch.testing.assert_close(small, large * (0.05 / update.grad_norm))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

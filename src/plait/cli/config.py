@@ -13,7 +13,7 @@ from plait.cli.terminal import number, pairs, stdout
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at configs.")
 Source = Annotated[
     str | None,
-    typer.Argument(metavar="[CONFIG]", help="A config file, a recipe, a preset, or a run's folder"),
+    typer.Argument(metavar="CONFIG", help="A config file, a recipe, a preset, or a run's folder"),
 ]
 
 

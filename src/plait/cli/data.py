@@ -23,7 +23,7 @@ def data() -> None:
 def prepare(
     ctx: typer.Context,
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A config file, a recipe, or a run's folder")
+        str | None, typer.Argument(metavar="CONFIG", help="A config file, a recipe, or a run's folder")
     ] = None,
 ) -> None:
     """Turn the text that a config names into token shards, and count it.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,8 +44,9 @@ def demo(
 
     console = stdout()
     changes = [f"--training.out={out}", *([] if minutes is None else [f"--training.minutes={minutes}"])]
-    precision = _faster_precision()
-    config = load_config(RECIPE, [*changes, f"--training.precision={precision}", *overrides(ctx)])
+    config = load_config(RECIPE, [*changes, *overrides(ctx)])
+    console.print("measuring which precision is faster here ...", style="dim")
+    config = config.replace(training=config.training.replace(precision=_faster_precision(config)))
     _describe(config, console)
     result = train(config, overwrite=True)
     console.print("\nreading the held-out files, each byte predicted once ...", style="dim")
@@ -53,23 +54,27 @@ def demo(
     _report(result, scores, console)
 
 
-def _faster_precision() -> str:
-    """bf16 if this machine multiplies matrices faster in it, else fp32: measured, since CPUs differ tenfold."""
+def _faster_precision(config: Config) -> str:
+    """The precision in which this machine trains this model faster: measured, since CPUs differ tenfold.
+
+    It also compiles the CPU kernels, so that no training time goes into that.
+    """
     import torch
 
-    def seconds_of(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(shape).to(dtype) for shape in ((4096, 512), (512, 1024)))
-        return min(_time(lambda: a @ b) for _ in range(5))
+    from plait.api import build
+    from plait.training.precision import autocast
 
-    return "bf16" if seconds_of(torch.bfloat16) < 0.75 * seconds_of(torch.float32) else "fp32"
-
-
-def _time(work: Callable[[], Any]) -> float:
-    from time import perf_counter
-
-    begin = perf_counter()
-    work()
-    return perf_counter() - begin
+    model = build(config)
+    ids = torch.randint(256, (2, config.data.sequence_length), generator=torch.Generator().manual_seed(0))
+    took: dict[str, float] = {}
+    for _ in range(3):  # the first warms up
+        for precision in ("fp32", "bf16"):
+            begin = perf_counter()
+            with autocast(precision, torch.device("cpu")):
+                loss = model(ids, labels=ids).loss
+            loss.backward()
+            took[precision] = perf_counter() - begin
+    return min(took, key=lambda precision: took[precision])
 
 
 def _describe(config: Config, console: Console) -> None:

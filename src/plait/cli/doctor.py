@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from plait.cli.terminal import pairs, size, stderr, stdout, table
+from plait.cli.machine import hardware, optional_packages, versions
+from plait.cli.terminal import pairs, stderr, stdout, table
+from plait.config.errors import BackendError
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
 app = typer.Typer(add_completion=False)
-
-CORE = ("torch", "numpy", "numba", "safetensors", "tokenizers", "pydantic")
-# package -> what it gives, how it comes
-OPTIONAL = {
-    "triton": ("GPU kernels, torch.compile on GPUs", "comes with torch for CUDA"),
-    "pyarrow": ("Parquet files as data", "pip install 'plait[data]'"),
-    "matplotlib": ("loss curves: plait plot", "pip install 'plait[plots]'"),
-    "sentencepiece": ("SentencePiece tokenizers", "pip install 'plait[hf]'"),
-}
-_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @app.command()
@@ -38,10 +25,10 @@ def doctor() -> None:
     """
     console = stdout()
     with stderr().status("looking around"):
-        facts = [*_versions(), *_machine()]
+        facts = [*versions(), *hardware()]
     console.print(pairs(facts))
     console.print()
-    console.print(pairs(_packages()))
+    console.print(pairs(optional_packages()))
     with stderr().status("checking each backend"):
         found, notes, failures = check_backends()
     console.print(found)
@@ -59,7 +46,6 @@ def doctor() -> None:
 
 def check_backends() -> tuple[Table, list[str], list[str]]:
     """The op x backend table with errors, remarks on what cannot run, and the names of what is wrong."""
-    from plait.cli.selfcheck import TOLERANCE
     from plait.ops.dispatch import BACKENDS
     from plait.ops.dispatch import table as backends
 
@@ -70,41 +56,43 @@ def check_backends() -> tuple[Table, list[str], list[str]]:
     made = table(
         "op", *(name if place.type in ("cpu", name) else f"{name} on {place.type}" for name, place in columns)
     )
-    available = {(row.op, row.backend): row for row in rows}
+    available = {(row.op, row.backend): row.available for row in rows}
+    # An op that has no such backend is a matter of course; a backend that lacks something is worth a line.
+    lacking = {
+        f"{row.backend}: {row.reason}"
+        for row in rows
+        if not row.available and "this op has only" not in row.reason
+    }
     failures: list[str] = []
     for op in dict.fromkeys(row.op for row in rows):
         cells = []
         for name, place in columns:
-            if not available[op, name].available:
-                cells.append("-")
-                continue
-            error, problem = _check(op, name, place)
-            wrong = problem or (
-                f"error {error:.1e}, at most {TOLERANCE:g} is allowed" if error > TOLERANCE else ""
-            )
-            if wrong:
-                failures.append(f"{name} {op} on {place.type}: {wrong}")
-            cells.append("WRONG" if wrong else f"{error:.1e}")
+            cell = "-"
+            if available[op, name]:
+                cell, wrong, refused = _check(op, name, place)
+                if wrong:
+                    failures.append(f"{name} {op} on {place.type}: {wrong}")
+                if refused:
+                    lacking.add(f"{name}: {refused}")
+            cells.append(cell)
         made.add_row(op, *cells)
-    # An op that has no such backend is a matter of course; a backend that lacks something is worth a line.
-    lacking = {
-        (row.backend, row.reason)
-        for row in rows
-        if not row.available and "this op has only" not in row.reason
-    }
     notes = ["error in float32 against the reference in float64, outputs and gradients; - : not here"]
-    notes += [f"{backend}: {reason}" for backend, reason in sorted(lacking)]
-    return made, notes, failures
+    return made, [*notes, *sorted(lacking)], failures
 
 
-def _check(op: str, backend: str, place: torch.device) -> tuple[float, str]:
-    """(error, "") of a backend, or (infinity, what it raised)."""
+def _check(op: str, backend: str, place: torch.device) -> tuple[str, str, str]:
+    """(what stands in the table, what is wrong, why it refused to run)."""
     from plait.cli import selfcheck
 
     try:
-        return selfcheck.check(op, backend, place), ""
-    except Exception as error:  # whatever a backend does wrong on this machine is what we are looking for
-        return float("inf"), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        error = selfcheck.check(op, backend, place)
+    except BackendError as refusal:
+        return "-", "", str(refusal)
+    except Exception as fault:  # whatever a backend does wrong on this machine is what we are looking for
+        return "WRONG", f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}", ""
+    if error > selfcheck.TOLERANCE:
+        return "WRONG", f"error {error:.1e}, at most {selfcheck.TOLERANCE:g} is allowed", ""
+    return f"{error:.1e}", "", ""
 
 
 def _places() -> list[torch.device]:
@@ -121,97 +109,3 @@ def _places() -> list[torch.device]:
 def _place_of(backend: str, places: list[torch.device]) -> torch.device:
     cuda = [place for place in places if place.type == "cuda"]
     return cuda[0] if backend == "gpu" and cuda else places[0]
-
-
-def _versions() -> list[tuple[str, Any]]:
-    import plait
-
-    packages = ", ".join(f"{name} {_version(name) or 'missing'}" for name in CORE)
-    return [
-        (
-            "plait",
-            f"{plait.__version__}, Python {platform.python_version()} on {platform.platform(terse=True)}",
-        ),
-        ("packages", packages),
-    ]
-
-
-def _machine() -> list[tuple[str, Any]]:
-    import torch
-
-    from plait.data.prepare import cache_folder
-
-    rows: list[tuple[str, Any]] = [
-        ("CPU", f"{_cpu()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads for torch")
-    ]
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        rows.append(
-            (f"GPU {index}", f"{gpu.name}, {size(gpu.total_memory)}, compute {gpu.major}.{gpu.minor}")
-        )
-    if torch.backends.mps.is_available():
-        rows.append(("GPU", "Apple MPS, through the portable backend (untested)"))
-    elif not torch.cuda.is_available():
-        rows.append(("GPU", "none that torch sees"))
-    rows.append(("memory", _memory()))
-    rows.append(("large pages", _large_pages()))
-    folder = cache_folder()
-    rows.append(("data cache", f"{folder}, {size(shutil.disk_usage(_existing(folder)).free)} free"))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    rows.append(
-        ("C++ compiler", compiler or "none: needed by torch.compile on CPUs alone (--training.compile)")
-    )
-    chosen = os.environ.get("PLAIT_BACKEND")
-    if chosen:
-        rows.append(("PLAIT_BACKEND", f"{chosen}: every op is made to use it"))
-    return rows
-
-
-def _packages() -> list[tuple[str, str]]:
-    rows = []
-    for name, (gives, how) in OPTIONAL.items():
-        found = _version(name)
-        rows.append((name, f"{found}: {gives}" if found else f"not installed: {gives} ({how})"))
-    return rows
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory() -> str:
-    """Of the machine; Linux tells what is free as well."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = (line.split() for line in info.read_text(encoding="utf-8").splitlines())
-        kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-        return f"{size(1024 * kib['MemTotal'])}, {size(1024 * kib['MemAvailable'])} available"
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return size(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return "unknown"
-
-
-def _large_pages() -> str:
-    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-    if not _PAGES.is_file():
-        return "not on this system"
-    mode = _PAGES.read_text(encoding="utf-8").partition("[")[2].partition("]")[0]
-    return (
-        f"the system says {mode}; torch {'asks' if asked else 'does not ask'} for them (THP_MEM_ALLOC_ENABLE)"
-    )
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

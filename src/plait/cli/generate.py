@@ -23,7 +23,7 @@ def generate(
         str, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a folder with a saved model")
     ],
     prompt: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin")
+        str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin")
     ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="At most so many tokens are written")] = 256,
     temperature: Annotated[

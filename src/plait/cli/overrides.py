@@ -39,8 +39,8 @@ def overrides(ctx: typer.Context) -> list[str]:
 def split_overrides(words: Sequence[str], own: Collection[str]) -> tuple[list[str], list[str]]:
     """(what belongs to the command, overrides) of a command line; ``own``: the command's options, as ``--name``.
 
-    An override is ``--a.b=value``, ``--a.b value``, ``a.b=value``, or an option that neither is nor resembles one of the
-    command's: the config may know it, or else knows what to suggest.
+    An override is ``--a.b=value``, ``--a.b value``, ``a.b=value``, or an option that neither is nor resembles one
+    of the command's: the config may know it, or else knows what to suggest.
     """
     rest: list[str] = []
     found: list[str] = []

@@ -1,41 +1,19 @@
-"""Does each backend of each op compute on this machine what the reference does in float64? Small shapes, real numbers.
+"""Does each backend of each op compute on this machine what the reference does in float64? See ``cases.py``.
 
-A case packs three documents of different lengths into one row, with initial states where the op has them. Compared are
-the outputs, the final states, and the gradients of a random weighting of both; the error is the largest relative RMS.
+Compared are the outputs, the final states, and the gradients of a random weighting of both, for every input; the
+error is the largest relative RMS.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.ops.attention import attention, cached_attention
-from plait.ops.causal_conv1d import causal_conv1d
-from plait.ops.cumulative_angle import cumulative_angle
-from plait.ops.diagonal_ssm import diagonal_ssm
-from plait.ops.gated_norm import gated_norm
-from plait.ops.selective_scan import selective_scan
-from plait.ops.ssd import ssd, trapezoidal_ssd
+from plait.cli.cases import CASES, Case
 
 TOLERANCE = 1e-5  # of float32
-LENGTHS = (70, 1, 37)  # documents: longer than a chunk, a single token, and one that no tile divides
-S, N_TOKENS = len(LENGTHS), sum(LENGTHS)
-
-Outputs = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What an op is called with: ``run(**inputs, **fixed, backend=...)``; inputs are differentiated."""
-
-    run: Callable[..., Outputs]
-    inputs: dict[str, Tensor]
-    fixed: dict[str, Any] = field(default_factory=dict)
 
 
 def check(op: str, backend: str, device: torch.device, seed: int = 0) -> float:
@@ -67,7 +45,7 @@ def _results(case: Case, backend: str, device: torch.device, *, wide: bool, seed
         weight = torch.randn(y.shape, generator=generator)
         total = total + (y * weight.to(device, y.dtype)).sum().to(total.dtype)
     gradients = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, materialize_grads=True)
-    named: Mapping[str, Tensor] = dict(zip(inputs, gradients))
+    named = dict(zip(inputs, gradients))
     return {f"output {i}": y for i, y in enumerate(outputs)} | {
         f"gradient of {n}": g for n, g in named.items()
     }
@@ -77,150 +55,3 @@ def _cast(x: Tensor, wide: bool) -> Tensor:
     if x.is_complex():
         return x.to(torch.complex128 if wide else torch.complex64)
     return x.to(torch.float64 if wide else torch.float32)
-
-
-class _Draw:
-    """Random float32 tensors of a generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-    def between(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=self.generator)
-
-
-def _packing() -> dict[str, Any]:
-    bounds = [sum(LENGTHS[:i]) for i in range(S + 1)]
-    return {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_len": max(LENGTHS)}
-
-
-def _attention(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {
-        "q": d.normal(1, N_TOKENS, 4, 8),
-        "k": d.normal(1, N_TOKENS, 2, 8),
-        "v": d.normal(1, N_TOKENS, 2, 8),
-    }
-    return Case(lambda **x: (attention(**x),), inputs, {**_packing(), "window": 24})
-
-
-def _cached_attention(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    slots, new = 40, 3
-    inputs = {"q": d.normal(S, new, 4, 8), "k": d.normal(S, slots, 2, 8), "v": d.normal(S, slots, 2, 8)}
-    total = torch.tensor([3, 17, 40])
-    positions = total[:, None] - new + torch.arange(new)
-    return Case(lambda **x: (cached_attention(**x),), inputs, {"positions": positions, "total": total})
-
-
-def _causal_conv1d(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {
-        "x": d.normal(1, N_TOKENS, 12),
-        "weight": d.normal(12, 4),
-        "bias": d.normal(12),
-        "initial_state": d.normal(S, 3, 12),
-    }
-    return Case(causal_conv1d, inputs, {**_packing(), "activation": "silu"})
-
-
-def _cumulative_angle(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {"step": d.normal(1, N_TOKENS, 3, 4), "initial_state": d.between(0.0, 2 * math.pi, S, 3, 4)}
-
-    def run(**x: Any) -> Outputs:
-        # On the circle: near 0 and 2 pi, neighbouring angles are different numbers.
-        angles = cumulative_angle(**x)
-        return tuple(f(angle) for angle in angles for f in (torch.cos, torch.sin))
-
-    return Case(run, inputs, _packing())
-
-
-def _diagonal_ssm(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {
-        "x": d.normal(1, N_TOKENS, 6),
-        "dA": torch.complex(-d.between(0.01, 0.5, 6, 4), d.between(-2.0, 2.0, 6, 4)),
-        "B": torch.complex(d.normal(6, 4), d.normal(6, 4)),
-        "C": torch.complex(d.normal(6, 4), d.normal(6, 4)),
-        "D": d.normal(6),
-        "initial_state": d.normal(S, 6, 4, 2),
-    }
-    return Case(diagonal_ssm, inputs, _packing())
-
-
-def _gated_norm(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {"x": d.normal(N_TOKENS, 24), "z": d.normal(N_TOKENS, 24), "weight": d.normal(24)}
-    return Case(lambda **x: (gated_norm(**x),), inputs, {"group_size": 8})
-
-
-def _selective_scan(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {
-        "x": d.normal(1, N_TOKENS, 12),
-        "dt": d.normal(1, N_TOKENS, 12),
-        "A": -d.between(0.1, 4.0, 12, 8),
-        "B": d.normal(1, N_TOKENS, 2, 8),
-        "C": d.normal(1, N_TOKENS, 2, 8),
-        "D": d.normal(12),
-        "z": d.normal(1, N_TOKENS, 12),
-        "dt_bias": d.between(-4.0, -2.0, 12),
-        "initial_state": d.normal(S, 12, 8),
-    }
-    return Case(selective_scan, inputs, {**_packing(), "dt_softplus": True})
-
-
-def _ssd(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    inputs = {
-        "x": d.normal(1, N_TOKENS, 4, 8),
-        "dt": d.normal(1, N_TOKENS, 4),
-        "A": -d.between(0.5, 4.0, 4),
-        "B": d.normal(1, N_TOKENS, 2, 16),
-        "C": d.normal(1, N_TOKENS, 2, 16),
-        "D": d.normal(4, 8),
-        "dt_bias": d.between(-4.0, -2.0, 4),
-        "initial_state": d.normal(S, 4, 8, 16),
-    }
-    return Case(ssd, inputs, {**_packing(), "dt_softplus": True})
-
-
-def _trapezoidal_ssd(generator: torch.Generator) -> Case:
-    d = _Draw(generator)
-    rank, heads, width, states = 2, 3, 8, 16
-    inputs = {
-        "v": d.normal(1, N_TOKENS, heads, width),
-        "k": d.normal(1, N_TOKENS, rank, heads, states),
-        "q": d.normal(1, N_TOKENS, rank, heads, states),
-        "log_decay": -d.between(0.01, 0.5, 1, N_TOKENS, heads),
-        "dt": d.between(0.01, 0.5, 1, N_TOKENS, heads),
-        "lam": d.between(0.1, 0.9, 1, N_TOKENS, heads),
-        "rank_in": d.normal(heads, rank, width),
-        "D": d.normal(heads),
-        "ssm": d.normal(S, heads, width, states),
-        "last_k": d.normal(S, rank, heads, states),
-        "last_v": d.normal(S, heads, width),
-    }
-
-    def run(ssm: Tensor, last_k: Tensor, last_v: Tensor, **x: Any) -> Outputs:
-        o, state = trapezoidal_ssd(**x, initial_state=(ssm, last_k, last_v))
-        return (o, *state)
-
-    return Case(run, inputs, _packing())
-
-
-CASES: dict[str, Callable[[torch.Generator], Case]] = {
-    "attention": _attention,
-    "cached_attention": _cached_attention,
-    "causal_conv1d": _causal_conv1d,
-    "cumulative_angle": _cumulative_angle,
-    "diagonal_ssm": _diagonal_ssm,
-    "gated_norm": _gated_norm,
-    "selective_scan": _selective_scan,
-    "ssd": _ssd,
-    "trapezoidal_ssd": _trapezoidal_ssd,
-}

@@ -64,30 +64,30 @@ def token_losses(
     check_generates(model)
     if max_context is not None and max_context < 2:
         raise ConfigError(f"max_context is {max_context}; it must be at least 2, or None for whole documents")
-    texts = [torch.as_tensor(np.asarray(d, dtype=np.int64)) for d in documents]
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    run = _Run(
-        model, texts, start, [torch.full((len(t),), math.log(model.vocab_size), dtype=dtype) for t in texts]
-    )
+    if carry and not can_carry(model):
+        raise ConfigError("carry is set, but the model has learned positions or a layer that keeps no state")
+    carry = can_carry(model) if carry is None else carry
     budget = batch_tokens or max(_CHUNK, min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocab_size))
     grows = not all(_bounded(block) for block in _blocks(model))
-    window = max_context
-    if model.config.embedding.position == "learned":
-        window = min(window or model.config.embedding.max_positions, model.config.embedding.max_positions)
-    carries = can_carry(model) if carry is None else carry
-    if carries and not can_carry(model):
-        raise ConfigError("carry is set, but the model has learned positions or a layer that keeps no state")
-    # a recurrence likes many sequences side by side, attention without a cache whole documents
-    whole_most = max(budget, min(_WHOLE, _BATCH_LOGITS // model.vocab_size))
-    fits = (window or whole_most if grows else _CHUNK) if carries else None
+    texts = [torch.as_tensor(np.asarray(document, dtype=np.int64)) for document in documents]
+    run = _Run(model, texts, start, _no_losses(model, texts, start))
     sizes = [run.length(i) for i in range(len(texts))]
-    long = [i for i, n in enumerate(sizes) if carries and fits is not None and n > fits]
-    whole = sorted(set(range(len(texts))) - set(long), key=lambda i: sizes[i])
+    order = sorted(range(len(texts)), key=lambda i: sizes[i])
     with torch.no_grad(), evaluating(model):
-        for batch in _batches([p for i in whole for p in _windows(i, sizes[i], window)], budget):
+        if carry:
+            # a recurrence likes many sequences side by side, attention without a cache whole documents
+            most = batch_tokens or max(budget, min(_WHOLE, _BATCH_LOGITS // model.vocab_size))
+            fits = (max_context or most) if grows else _CHUNK
+            whole = [_Piece(i, 0, sizes[i], 0) for i in order if 0 < sizes[i] <= fits]
+            long = [i for i in reversed(order) if sizes[i] > fits]
+        else:
+            window = _window(model, max_context)
+            whole = [piece for i in order for piece in _windows(i, sizes[i], window)]
+            long = []
+        for batch in _batches(whole, budget):
             run.forward(batch)
         if long:
-            run.carried(sorted(long, key=lambda i: -sizes[i]), budget, window, grows)
+            run.carried(long, budget, max_context, grows)
     return run.losses
 
 
@@ -95,6 +95,16 @@ def can_carry(model: Model) -> bool:
     """Whether a document's state can be carried from chunk to chunk, whatever its length."""
     learned = model.config.embedding.position == "learned"
     return model.stateful and not learned and all(_bounded(b) or _is_ring(b) for b in _blocks(model))
+
+
+def _no_losses(model: Model, texts: Sequence[Tensor], start: int | None) -> list[Tensor]:
+    """NaN until a token has been predicted; without a start the first one is guessed."""
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    losses = [torch.full((len(text),), math.nan, dtype=dtype) for text in texts]
+    if start is None:
+        for cost in losses:
+            cost[:1] = math.log(model.vocab_size)
+    return losses
 
 
 @dataclass
@@ -167,6 +177,12 @@ class _Run:
             busy = [lane for lane, (document, done) in enumerate(at) if done < self.length(document)]
             if len(busy) < len(at):
                 at, cache = [at[lane] for lane in busy], cache.select(busy)
+
+
+def _window(model: Model, max_context: int | None) -> int | None:
+    embedding = model.config.embedding
+    limits = [max_context, embedding.max_positions if embedding.position == "learned" else None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _windows(document: int, length: int, window: int | None) -> Iterator[_Piece]:

@@ -26,8 +26,7 @@ FORMAT = {"format": "pt"}  # one key: the order of several is not fixed, and equ
 
 
 def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the model, and its tokenizer if given, into ``folder`` (made if need be), file by file, whole
-    or not.
+    """Write the model, and its tokenizer if given, into ``folder``, made if need be.
 
     A tied weight is saved once, bit for bit. CheckpointError if a file cannot be written.
     """
@@ -73,7 +72,7 @@ def _holders(model: nn.Module) -> dict[str, Tensor]:
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Model:
-    """The model in a folder, in evaluation mode; ``path`` may also be a run or one of its checkpoints.
+    """The model in a folder, in evaluation mode, with its tokenizer; ``path`` may be a run or a checkpoint.
 
     dtype: cast the parameters, except those whose role keeps them in float32; None: as they were saved.
     CheckpointError if a file is missing or damaged, or the tensors are not this model's.
@@ -83,6 +82,7 @@ def load_model(
         verify_manifest(folder, only=(WEIGHTS, MODEL_CONFIG))
     model = unfilled_model(read_model_config(folder))
     load_weights(model, folder)
+    model.tokenizer = load_saved_tokenizer(folder)
     if dtype is not None:
         cast_parameters(model, dtype)
     return model.to(device).eval()

@@ -54,6 +54,15 @@ class Recurrent(Mixer):
             d_model, d_hidden, batch_first=True, bidirectional=options.bidirectional, bias=options.bias
         )
 
+    def train(self, mode: bool = True) -> Recurrent:
+        """As any module; the inner layer, which has no dropout, stays in training mode.
+
+        cuDNN computes no gradient of a recurrent layer in evaluation mode.
+        """
+        super().train(mode)
+        self.rnn.train()
+        return self
+
     def init_state(
         self,
         n_seq: int,

@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class Op:
 
     name: str
     targets: Mapping[str, str]
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    """of the backends that cannot compute in any: the dtypes of the main input that they take"""
 
 
 class Row(NamedTuple):
@@ -77,28 +79,31 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
-def choose(op: Op, backend: str | None, device: torch.device) -> Callable[..., Any]:
+def choose(
+    op: Op, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Callable[..., Any]:
     """Return the function that computes `op` for tensors on `device`.
 
     `backend` is the op's argument: a name in BACKENDS, "auto", or None to follow use_backend, PLAIT_BACKEND, auto.
-    Raises BackendError when a backend asked for by name is unknown or cannot run here.
+    `dtype` is that of the main input, for ops with backends that do not take all. Raises BackendError when a backend
+    asked for by name is unknown or cannot run here.
     """
-    return _load(op.targets[choose_name(op, backend, device.type)])
+    return _load(op.targets[choose_name(op, backend, device.type, dtype)])
 
 
-def choose_name(op: Op, backend: str | None, device_type: str) -> str:
+def choose_name(op: Op, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The name of the backend that `choose` takes; same arguments and errors."""
     name = backend or _chosen.name or _environment() or AUTO
     _check_name(name)
     if name != AUTO:
-        reason = _why_not(op, name, device_type)
+        reason = _why_not(op, name, device_type, dtype)
         if reason:
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
         return name
     for candidate in BACKENDS:
         if candidate not in op.targets or _DEVICE.get(candidate, device_type) != device_type:
             continue
-        reason = _why_not(op, candidate, device_type)
+        reason = _why_not(op, candidate, device_type, dtype)
         if not reason:
             return candidate
         _say_once(op.name, candidate, reason)
@@ -121,7 +126,7 @@ def table() -> list[Row]:
     return rows
 
 
-def _why_not(op: Op, name: str, device_type: str) -> str:
+def _why_not(op: Op, name: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     if name not in op.targets:
         return f"this op has only {_names(op)}"
     if _DEVICE.get(name, device_type) != device_type:
@@ -129,6 +134,8 @@ def _why_not(op: Op, name: str, device_type: str) -> str:
     package = _PACKAGE.get(name)
     if package and not _has_package(package):
         return f"the package {package!r} is not installed"
+    if dtype is not None and dtype not in op.dtypes.get(name, (dtype,)):
+        return f"it takes {', '.join(map(str, op.dtypes[name]))}, given {dtype}"
     return ""
 
 

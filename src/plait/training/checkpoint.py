@@ -45,7 +45,6 @@ from plait.training.distributed import World, whole
 from plait.training.optimizers import Optimizer
 
 TRAINER, TRAIN, OPTIMIZER = "trainer.json", "train", "train/optimizer"
-ABANDONED = "abandoned-"
 
 
 @dataclass
@@ -70,8 +69,7 @@ def save_checkpoint(
     world: World,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``state.step``, remove all but the newest ``keep``; every process must call
-    it.
+    """Write the checkpoint of ``state.step``, remove all but the newest ``keep``; all processes call it.
 
     CheckpointError, with the earlier checkpoints untouched and nothing left of this one, if it cannot be
     written or the weights are not finite.
@@ -145,25 +143,6 @@ def load_rng(folder: Path, world: World, seed: int, step: int) -> None:
         rng.seed_all(seed, world.rank, step)
 
 
-def remove_unfinished(run: Path) -> None:
-    """Delete what a killed process left of a checkpoint that it was writing."""
-    folder = run / CHECKPOINTS
-    for path in folder.glob(".step-*.tmp*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside_later(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after ``step``: a run that goes on from there will write its own."""
-    moved = []
-    for folder in list_checkpoints(run):
-        if folder.name > checkpoint_name(step):
-            target = folder.with_name(ABANDONED + folder.name)
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-            moved.append(target)
-    return moved
-
-
 @contextmanager
 def _together(world: World, folder: Path) -> Iterator[None]:
     """What goes wrong inside on one process is an error on all of them, none waits for another."""
@@ -221,7 +200,7 @@ def _sync(folder: Path) -> None:
         if path.is_dir():
             _sync_folder(path)
         else:
-            with path.open("rb") as handle:
+            with path.open("r+b") as handle:  # Windows syncs only what is open for writing
                 os.fsync(handle.fileno())
 
 

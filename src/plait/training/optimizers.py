@@ -111,8 +111,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The state's own tensors under ``<what>.<parameter name>``; made of zeros where no step has made
-        it yet.
+        """The state's own tensors under ``<what>.<parameter name>``; zeros where no step was made yet.
 
         Writing into these tensors (as a checkpoint's loader does) sets the state. Sharded parameters give
         sharded tensors.

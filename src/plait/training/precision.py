@@ -1,5 +1,4 @@
-"""Precision of the products: weights are float32, autocast narrows what may be narrow, float16 scales its
-loss.
+"""Precision of products: weights are float32, autocast narrows what may be, float16 scales its loss.
 
 torch's GradScaler decides for each optimizer alone whether to skip a step; with two of them (Muon and
 AdamW) half of a step could be made. The norm of the whole gradient is computed anyway, so the rule is
@@ -29,8 +28,7 @@ def autocast(
 
 
 class LossScaler:
-    """The factor of the loss that keeps float16 gradients in range: halved when they overflow, else slowly
-    doubled.
+    """The factor of the loss that keeps float16 gradients in range: halved on overflow, else slowly doubled.
 
     For other precisions it is always 1 and never skips.
     """

@@ -11,7 +11,6 @@ from plait.inference.generate import generate
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
 from plait.tokenizers.files import write_file
-from plait.training import rng
 from plait.training.distributed import World, gathered
 from plait.training.metrics import writing
 
@@ -22,13 +21,12 @@ TEMPERATURE = 0.8
 def write_samples(
     model: Model, tokenizer: Tokenizer, config: TrainingConfig, run: Path, step: int, world: World
 ) -> list[tuple[str, str]]:
-    """Continue ``config.sample_prompts``; write and return (prompt, continuation), [] on all but the first
-    process.
+    """Continue the prompts, write and return (prompt, continuation); [] on all but the first process.
 
-    The same seed each time, so that samples of different steps compare; the run's own random numbers are
-    untouched.
+    The same seed each time, so that samples of different steps compare; none of the run's own random numbers
+    is drawn.
     """
-    with gathered(model), rng.preserved(), torch.no_grad():
+    with gathered(model), torch.no_grad():
         if not world.first:
             world.barrier()
             return []

@@ -50,8 +50,7 @@ def progress_of(step: int, steps: int, elapsed: float = 0.0, minutes: float | No
 
 
 def lr_scale(config: TrainingConfig, steps: int, step: int, progress: float) -> float:
-    """The factor of the peak learning rate for update ``step`` (from 0) of ``steps``, ``progress`` into the
-    run.
+    """The factor of the peak learning rate for update ``step`` of ``steps``, ``progress`` into the run.
 
     A warmup below 1 is a share of the run, otherwise a number of steps; it begins above zero. What follows
     it is the schedule from its beginning; ``decay_fraction`` is a share of the whole run.

@@ -84,7 +84,7 @@ def set_up(config: Config, run: Path, checkpoint: Path | None, world: World) -> 
     shards.check_vocabulary(cast(int, config.model.vocab_size))
     state = RunState() if checkpoint is None else read_state(checkpoint)
     loader = make_loader(config, objective, shards, world, state.sample)
-    model, forward = make_model(config, checkpoint, world)
+    model, forward = make_model(config, tokenizer, checkpoint, world)
     if config.training.sample_every:
         check_samples(model, tokenizer, config)
     optimizer, scaler = Optimizer(model, config.training), LossScaler(config.training.precision)
@@ -157,9 +157,10 @@ def make_loader(
     )
 
 
-def make_model(config: Config, checkpoint: Path | None, world: World) -> tuple[Model, nn.Module]:
-    """The model, and what to call for its forward; the same initial weights on every device and in every
-    world.
+def make_model(
+    config: Config, tokenizer: Tokenizer, checkpoint: Path | None, world: World
+) -> tuple[Model, nn.Module]:
+    """The model, and what to call for its forward; the initial weights are the same on every device.
 
     Built on the host, so that no device has to hold a whole model that is then sharded.
     """
@@ -172,6 +173,7 @@ def make_model(config: Config, checkpoint: Path | None, world: World) -> tuple[M
         model = unfilled_model(config.model)
         load_weights(model, checkpoint)
     model.float().train()
+    model.tokenizer = tokenizer
     blocks = list(model.blocks)
     if training.activation_checkpointing:
         recompute_blocks(blocks)

@@ -11,7 +11,6 @@ A step is one update of the weights, however many micro-batches it takes.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -26,19 +25,20 @@ from plait.config.explain import show
 from plait.config.load import load_config, save_config
 from plait.config.schema import Config
 from plait.data.batch import Batch
-from plait.formats.folders import CHECKPOINTS, RUN_CONFIG, checkpoint_step, list_checkpoints
+from plait.formats.folders import CHECKPOINTS, RUN_CONFIG, checkpoint_name
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
 from plait.training import rng
-from plait.training.checkpoint import remove_unfinished, save_checkpoint, set_aside_later
+from plait.training.checkpoint import save_checkpoint
 from plait.training.distributed import World, session
 from plait.training.environment import write_environment
 from plait.training.evaluate import Evaluation, evaluate
+from plait.training.folder import make_room, refuse_another_run
 from plait.training.metrics import Metrics, writing
 from plait.training.objectives import target_bytes
 from plait.training.progress import Clock, Progress, Status, duration
-from plait.training.resume import differences, find_checkpoint, resumed_config, run_of
-from plait.training.samples import SAMPLES, write_samples
+from plait.training.resume import differences, find_checkpoint, resumed_config
+from plait.training.samples import write_samples
 from plait.training.schedules import lr_scale, progress_of
 from plait.training.settings import torch_settings
 from plait.training.setup import Setup, set_up
@@ -72,8 +72,7 @@ def train(
     quiet: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train as ``config`` says (a Config, a mapping, a file or a recipe's name); under torchrun on all
-    processes.
+    """Train as ``config`` says: a Config, a mapping, a file or a recipe's name. Under torchrun on all processes.
 
     resume: a run folder, a checkpoint, or "auto" (the newest checkpoint of this config's run, else a new
     run); without a config, that of the resumed run. overwrite: begin anew in a folder that holds a run.
@@ -104,7 +103,9 @@ class Trainer:
         self.folder = Path(config.run_folder)
         self.show = Progress(world.first and not quiet, console)
         checkpoint = None if resume is None else find_checkpoint(resume, self.folder)
-        self._claim_folder(checkpoint, overwrite)
+        if not overwrite:
+            refuse_another_run(self.folder, checkpoint)
+        world.barrier()  # nobody writes before everybody has looked
         self.parts: Setup = set_up(config, self.folder, checkpoint, world)
         self.config = self.parts.config
         self.state = self.parts.state
@@ -113,7 +114,8 @@ class Trainer:
         self.validation: Evaluation | None = None
         if world.first:
             with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+                for line in make_room(self.folder, checkpoint):
+                    self.show.message(line)
                 save_config(self.config, self.folder / RUN_CONFIG)
                 write_environment(self.folder, world, self.state.step)
             self.metrics = Metrics(self.folder, self.state.step)
@@ -150,7 +152,7 @@ class Trainer:
             loss=self.loss,
             validation=self.validation,
             stopped=stopped,
-            model=parts.model,
+            model=parts.model.eval(),
             tokenizer=parts.tokenizer,
         )
 
@@ -278,7 +280,8 @@ class Trainer:
             raise CheckpointError(f"{error}; {self._way_back()}") from error
 
     def _finish(self, stopped: Stopped, signal_name: str | None) -> None:
-        saved = self.last_checkpoint is not None and checkpoint_step(self.last_checkpoint) == self.state.step
+        newest = self.folder / CHECKPOINTS / checkpoint_name(self.state.step)
+        saved = self.last_checkpoint is not None and self.last_checkpoint.resolve() == newest.resolve()
         if stopped != "signal":
             self._evaluate()
             if self.config.training.sample_every:
@@ -303,25 +306,6 @@ class Trainer:
         return f"the last good checkpoint is {self.last_checkpoint}; go on from it with: {command}" + (
             f" {advice}" if advice else ""
         )
-
-    def _claim_folder(self, checkpoint: Path | None, overwrite: bool) -> None:
-        """Make room for this run in its folder, or refuse to write over another one."""
-        error: TrainingError | None = None
-        inside = checkpoint is not None and run_of(checkpoint.resolve()) == self.folder.resolve()
-        if self.world.first and not inside and list_checkpoints(self.folder):
-            if overwrite:
-                shutil.rmtree(self.folder / CHECKPOINTS)
-                shutil.rmtree(self.folder / SAMPLES, ignore_errors=True)
-            else:
-                error = TrainingError(
-                    f"{self.folder} already holds a run: go on with it (plait train --resume {self.folder}), or "
-                    "choose another folder with --training.out or --experiment_name"
-                )
-        elif self.world.first and checkpoint is not None and inside:
-            remove_unfinished(self.folder)
-            for folder in set_aside_later(self.folder, checkpoint_step(checkpoint) or 0):
-                self.show.message(f"a later checkpoint was set aside: {folder}")
-        self.world.agree(error)
 
     def _say_what_begins(self, checkpoint: Path | None) -> None:
         parts, say = self.parts, self.show.message

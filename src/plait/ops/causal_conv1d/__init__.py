@@ -5,6 +5,7 @@ S sequences, T tokens, n packed tokens, C channels, W taps.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_dims, check_packing, check_shape
@@ -16,6 +17,7 @@ CAUSAL_CONV1D = Op(
         "portable": "plait.ops.causal_conv1d.portable:causal_conv1d",
         "reference": "plait.ops.causal_conv1d.reference:causal_conv1d",
     },
+    {"cpu": (torch.float32, torch.bfloat16)},
 )
 
 
@@ -47,7 +49,7 @@ def causal_conv1d(
     check_shape(op, "initial_state", initial_state, "S, W-1, C", n_seq, width - 1, channels)
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}, expected None or 'silu'")
-    return choose(CAUSAL_CONV1D, backend, x.device)(
+    return choose(CAUSAL_CONV1D, backend, x.device, x.dtype)(
         x,
         weight,
         bias,

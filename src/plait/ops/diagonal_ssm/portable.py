@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.chunks import Plan, compute_dtype, join, no_autocast, plan_chunks, split
-from plait.ops.selective_scan.carry import Route, carry_states, make_route
+from plait.ops.selective_scan.carry import Route, carry_states, chunk_size, make_route
 
 CHUNK = 32
 
@@ -47,8 +47,8 @@ def diagonal_ssm(
         initial = x.new_zeros(shape, dtype=kind) if initial_state is None else initial_state.to(kind)
         if length == 0 or n_seq == 0:
             return torch.zeros_like(x), initial.clone()
-        bound = length if cu_seqlens is None or max_len is None else max(min(max_len, length), 1)
-        plan = plan_chunks(x, min(CHUNK, bound), cu_seqlens, bound)
+        longest = length if cu_seqlens is None or max_len is None else max_len
+        plan = plan_chunks(x, chunk_size(x, longest, CHUNK), cu_seqlens)
         xs = x.to(kind)
         powers = _powers(dA, plan.size, kind)
         weights = _Weights(powers, _pairs(B, kind), _pairs(C, kind))

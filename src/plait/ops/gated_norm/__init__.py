@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_shape
@@ -13,6 +14,7 @@ GATED_NORM = Op(
         "portable": "plait.ops.gated_norm.portable:gated_norm",
         "reference": "plait.ops.gated_norm.reference:gated_norm",
     },
+    {"cpu": (torch.float32, torch.bfloat16)},
 )
 
 
@@ -40,6 +42,6 @@ def gated_norm(
     check_shape(op, "weight", weight, "E", channels)
     if group_size is not None and (group_size < 1 or channels % group_size):
         raise ValueError(f"{op}: group_size is {group_size}, expected a divisor of the {channels} channels")
-    return choose(GATED_NORM, backend, x.device)(
+    return choose(GATED_NORM, backend, x.device, x.dtype)(
         x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
     )

@@ -31,6 +31,18 @@ class Route(NamedTuple):
     """(S,) bool, packed: the sequence has a chunk"""
 
 
+def chunk_size(x: Tensor, longest: int, most: int) -> int:
+    """Tokens a chunk for x (S, T, E): `most`, or the power of two that holds the longest sequence if that is less.
+
+    In a graph the sizes of x become constants here (`range` does that): a symbolic number of chunks would make
+    tracing many times slower, and is fixed later anyway. `longest` is only compared, so it may stay a symbol.
+    """
+    size, room = 1, min(len(range(x.shape[1])), most) if range(x.shape[0]) else 1
+    while size < room and size < longest:
+        size *= 2
+    return size
+
+
 def make_route(plan: Plan) -> Route:
     """Read the route off the index maps of `plan_chunks`."""
     if plan.turn is None or plan.chunk is None or plan.live is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.ops.chunks import compute_dtype, join, no_autocast, plan_chunks, split
-from plait.ops.selective_scan.carry import Route, make_route, run_backward, run_forward
+from plait.ops.selective_scan.carry import Route, chunk_size, make_route, run_backward, run_forward
 
 CHUNK, LONG_CHUNK, LONG = 16, 32, 1024
 """Tokens a chunk, up to LONG tokens a sequence and beyond: short chunks waste less on pads and have fewer serial
@@ -77,9 +77,8 @@ def selective_scan(
             delta = delta + dt_bias.to(kind)
         if dt_softplus:
             delta = functional.softplus(delta)
-        bound = x.shape[1] if cu_seqlens is None or max_len is None else max(min(max_len, x.shape[1]), 1)
-        size = min(CHUNK if bound <= LONG else LONG_CHUNK, bound)
-        plan = plan_chunks(x, size, cu_seqlens, bound)
+        longest = x.shape[1] if cu_seqlens is None or max_len is None else max_len
+        plan = plan_chunks(x, chunk_size(x, longest, CHUNK if longest <= LONG else LONG_CHUNK), cu_seqlens)
         shape = (groups, channels // groups)
         # a pad has dt = 0 and x = 0: it neither decays the state nor adds to it
         y, final = _Scan.apply(
@@ -190,7 +189,7 @@ def _chunk_ends(inputs: Inputs, h: Tensor) -> None:
 def _replay(inputs: Inputs, entering: Tensor, y: Tensor, h: Tensor) -> None:
     """Run every chunk from the state that enters it: write y (C, Q, G, K), and the states that leave to h."""
     x, dt, A, B, C = inputs
-    u = (dt * x).unsqueeze(2).unbind(1)
+    u = (dt * x).unsqueeze(3).unbind(1)
     h.copy_(entering)
     decay = torch.empty_like(h)
     for dt_t, u_t, B_t, C_t, y_t in zip(

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_dims, check_packing, check_shape
 from plait.ops.dispatch import Op, choose
 
-SSD = Op("ssd", {"portable": "plait.ops.ssd.portable:ssd", "reference": "plait.ops.ssd.reference:ssd"})
+SSD = Op(
+    "ssd",
+    {
+        "cpu": "plait.ops.ssd.cpu:ssd",
+        "portable": "plait.ops.ssd.portable:ssd",
+        "reference": "plait.ops.ssd.reference:ssd",
+    },
+    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+)
 TRAPEZOIDAL_SSD = Op(
     "trapezoidal_ssd",
     {
@@ -65,7 +74,7 @@ def ssd(
         check_shape("ssd", "D", D, "H", heads)
     if not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected 0 <= low <= high")
-    return choose(SSD, backend, x.device)(
+    return choose(SSD, backend, x.device, x.dtype)(
         x,
         dt,
         A,

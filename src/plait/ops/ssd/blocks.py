@@ -22,8 +22,8 @@ from plait.ops.chunks import compute_dtype
 # Decays go no lower: exp(-60) is nothing beside what a float32 sum holds, and its products stay clear of denormal
 # numbers, which cost a CPU a hundred times the normal ones.
 FLOOR = {torch.float32: -60.0, torch.float64: -600.0}
-# Elements of a block's widest temporary on a CPU, per thread: about eight of them share the cache.
-BLOCK_ELEMENTS = 1 << 16
+# Elements of a block's widest temporary on a CPU, per thread: larger ones spill, smaller ones pay per operation.
+BLOCK_ELEMENTS = 1 << 18
 
 
 class Sizes(NamedTuple):
@@ -99,7 +99,6 @@ class Run:
             begin = begin.masked_fill(pads, 0)
             # exp(-inf - c_j): nothing reaches a pad's row, and so nothing comes back from it in the gradient.
             self.high_rows = self._for_tiles(high.masked_fill(pads, -math.inf))
-            weight = weight.masked_fill(pads, 0)
         self.chunk_decay = self._exp(total).view(-1, self.groups, 1, self.per_group, 1)
         self.from_begin = self._for_rows(begin)
         self.to_end = self._for_rows(end * weight)
