@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "demo")
         begin = time.monotonic()
-        subprocess.run([sys.executable, "-m", "plait.cli", "demo", "--out", str(run), *demo], check=True)
+        subprocess.run([sys.executable, "-m", "plait", "demo", "--out", str(run), *demo], check=True)
         wall = time.monotonic() - begin
         reached = json.loads((run / "demo.json").read_text())
         (start,) = json.loads((run / "env.json").read_text())["starts"]

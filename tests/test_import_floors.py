@@ -26,6 +26,7 @@ FLOORS = {
     "inference": 6,
     "evaluation": 7,
     "training": 8,
+    "api": 9,
     "compat": 9,
     "serving": 9,
     "cli": 10,

@@ -57,14 +57,10 @@ def load(
     ``path`` is a run (its newest checkpoint is taken), a checkpoint, or a folder with a saved model. ``device`` may be
     "auto"; None is the CPU. ``dtype`` casts all but what must stay float32. CheckpointError if there is no such model.
     """
-    from plait.formats.native import load_model, load_saved_tokenizer
+    from plait.formats.native import load_model
     from plait.training.distributed import choose_device
 
-    place = choose_device("cpu" if device is None else str(device))
-    model = load_model(Path(path), place, dtype)
-    if model.tokenizer is None:
-        model.tokenizer = load_saved_tokenizer(Path(path))
-    return model
+    return load_model(Path(path), choose_device("cpu" if device is None else str(device)), dtype)
 
 
 def train(

@@ -60,7 +60,7 @@ def test_help_of_every_command_without_torch() -> None:
 
 def test_the_installed_script_and_the_module_are_the_same_command_line() -> None:
     script = Path(sys.executable).with_name("plait")
-    for command in ([script], [sys.executable, "-m", "plait.cli"]):
+    for command in ([script], [sys.executable, "-m", "plait"]):
         done = subprocess.run([*command, "trian"], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "error: there is no command 'trian' (did you mean 'train'?)\n"
@@ -70,7 +70,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "plait.cli", "--help"],
+        [sys.executable, "-m", "plait", "--help"],
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=60,
@@ -145,7 +145,9 @@ def test_what_goes_wrong_is_one_line(
     assert (ran.status, ran.out, ran.err) == (status, "", said)
 
 
-def test_ctrl_c_while_a_command_is_being_imported_is_quiet(plait: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_command_is_being_imported_is_quiet(
+    plait: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(target: str) -> None:
         raise KeyboardInterrupt
 

@@ -73,6 +73,10 @@ def test_samples_fork_the_cache_of_a_prompt_that_is_run_once(name: str) -> None:
         for j in range(3):
             assert rows[3 * i + j] == generate(model, prompt, seed=[10, 20][i] + j, max_new_tokens=NEW)
     assert len({tuple(row) for row in rows}) == 6
+    ids = torch.tensor([[1, 2], [3, 4]])
+    out = rows_of(generate(model, ids, num_samples=2, seed=0, max_new_tokens=3))
+    assert [row[:2] for row in out] == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    assert [row[2:] for row in out] == generate(model, rows_of(ids), num_samples=2, seed=0, max_new_tokens=3)
 
 
 class Counted:
@@ -93,25 +97,24 @@ class Counted:
 def test_rows_end_for_themselves_and_the_batch_shrinks(name: str) -> None:
     model = make_model(name)
     prompts = tokens(5, 9, 3, 4)
-    free = [list(row) for row in generate(model, prompts, seed=1, max_new_tokens=30)]
+    options = {"seed": 1, "max_new_tokens": 30, "repetition_penalty": 1.5}
+    free = [list(row) for row in generate(model, prompts, **options)]
     ends = [free[0][2], free[1][5]]
     cut = [row[: next((i + 1 for i, t in enumerate(row) if t in ends), 30)] for row in free]
     assert len(set(map(len, cut))) > 2, "choose another seed: the rows should end at different places"
     counted = Counted(model)
-    rows = complete(model, prompts, seed=1, max_new_tokens=30, eos_token_id=ends)
+    rows = complete(model, prompts, **options, eos_token_id=ends)
     assert [row.ids for row in rows] == cut
     assert [row.finish for row in rows] == [
         "length" if len(c) == 30 and c[-1] not in ends else "eos" for c in cut
     ]
     work = sum(counted.tokens[1:])
     assert work < 0.8 * 4 * max(map(len, cut)), f"{work} tokens: ended rows went on"
-    padded = generate(
-        model, torch.tensor([p[:3] for p in prompts]), seed=1, max_new_tokens=30, pad_token_id=-7
-    )
+    padded = generate(model, torch.tensor([p[:3] for p in prompts]), **options, pad_token_id=-7)
     assert -7 not in padded
     ids = torch.tensor([p[:3] for p in prompts])
-    free = generate(model, ids, seed=1, max_new_tokens=30)[:, 3:]
-    padded = generate(model, ids, seed=1, max_new_tokens=30, pad_token_id=-7, eos_token_id=ends)[:, 3:]
+    free = generate(model, ids, **options)[:, 3:]
+    padded = generate(model, ids, **options, pad_token_id=-7, eos_token_id=ends)[:, 3:]
     for a, b in zip(rows_of(free), rows_of(padded), strict=True):
         end = next((i + 1 for i, t in enumerate(a) if t in ends), 30)
         assert b == (a[:end] + [-7] * 30)[: len(b)]

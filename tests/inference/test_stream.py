@@ -109,6 +109,12 @@ def test_a_new_documents_first_token_ends_the_text(model: Model, monkeypatch: py
     assert generate(model, "x", eos_token_id=[], max_new_tokens=3) == "ab"
 
 
+def test_an_end_token_is_no_part_of_the_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, "one\ntwo")
+    (row,) = complete(model, "x", eos_token_id=ord("\n"))
+    assert (row.text, row.ids, row.finish) == ("one", BYTES.encode("one\n"), "eos")
+
+
 def test_forms_of_text(model: Model) -> None:
     options = {"max_new_tokens": 5, "eos_token_id": [], "seed": 0}
     ids = generate(model, [BYTES.bos_id, 104, 105], **options)

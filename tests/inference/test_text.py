@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plait.inference.text import Row, StopFilter
@@ -26,6 +26,8 @@ def cut_by_hand(text: str, stops: list[str]) -> str:
     st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 5), max_size=30),
 )
+@example("ab€", ["ab€", "b"], [])
+@example("ab€", ["ab€", "b€"], [1])
 def test_the_cut_does_not_depend_on_the_pieces(text: str, stops: list[str], sizes: list[int]) -> None:
     stop_filter, out, rest = StopFilter(stops), "", text
     right = cut_by_hand(text, stops)

@@ -255,6 +255,13 @@ def test_meta_build_and_initialisation_write_every_element() -> None:
     assert meta(ids(1, 4)).logits.isfinite().all()
 
 
+def test_materialize_keeps_tied_weights_tied() -> None:
+    config = ModelConfig.model_validate({"d_model": 16, "vocab_size": VOCAB, "pattern": "attention"})
+    model = Model(config, device="meta").materialize("cpu")
+    assert model.head.unembedding.weight is model.embedding.tokens.weight
+    assert model.parameter_counts()["head"] == 0
+
+
 def test_output_projections_are_scaled_by_depth() -> None:
     torch.manual_seed(0)
     config = {"d_model": 64, "vocab_size": VOCAB, "pattern": "attention*8", "mlp": "gelu"}

@@ -101,9 +101,7 @@ def test_dense(
     without: set[str],
     seed: int,
 ) -> None:
-    tensors = make(
-        rows, length, complex=complex, channels=shape[0], states=shape[1], dtype=dtype, seed=seed
-    )
+    tensors = make(rows, length, complex=complex, channels=shape[0], states=shape[1], dtype=dtype, seed=seed)
     against_reference({k: None if k in without else t for k, t in tensors.items()})
 
 
@@ -135,7 +133,10 @@ def test_packed_is_separate_documents(backend: str, complex: bool) -> None:
 
     def separate(x: Tensor, initial_state: Tensor, **weights: Tensor) -> list[Tensor]:
         return separate_documents(
-            lambda **t: call(**t, **weights, backend=backend), {"x": x}, {"initial_state": initial_state}, LENGTHS
+            lambda **t: call(**t, **weights, backend=backend),
+            {"x": x},
+            {"initial_state": initial_state},
+            LENGTHS,
         )
 
     packed = run(call, tensors, cu_seqlens=cumulative(LENGTHS), max_len=2 * CHUNK, backend=backend)
@@ -279,15 +280,15 @@ def test_low_precision(backend: str) -> None:
 
 
 def test_long_angles_keep_their_digits() -> None:
-    """Slow decay, fast turning: float32 powers of a chunk are as good as the recurrence's."""
+    """Slow decay, fast turning: the powers of a chunk in float32 alone would be off by 1e-5."""
     tensors = make(1, 20 * CHUNK, complex=True, dtype=torch.float32)
     tensors["dA"][..., 0] = -1e-4
-    tensors["dA"][..., 1] += 3
-    against_reference(tensors)
+    tensors["dA"][..., 1] += 30
+    want = run(call, to_double(tensors), backend="reference")
+    assert_same_run(run(call, tensors, backend="portable"), want, 2e-6)
 
 
-@pytest.mark.parametrize("complex", KINDS)
-def test_packings_share_a_graph(complex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packings_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty packings: one graph, without breaks, and another one when max_len first changes."""
     monkeypatch.setattr("plait.ops.diagonal_ssm.portable.CHUNK", 8)
     torch._dynamo.reset()
@@ -296,7 +297,7 @@ def test_packings_share_a_graph(complex: bool, monkeypatch: pytest.MonkeyPatch) 
     counts = []
     for seed in range(20):
         cu_seqlens, max_len = padded_cumulative(random_lengths(40, 5 + seed % 4, seed))
-        tensors = make(1, 40, complex=complex, dtype=torch.float32, n_seq=8, seed=seed)
+        tensors = make(1, 40, complex=True, dtype=torch.float32, n_seq=8, seed=seed)
         options = {"cu_seqlens": cu_seqlens, "max_len": max_len, "backend": "portable"}
         assert_same_run(run(compiled, tensors, **options), run(call, tensors, **options), 1e-5)
         counts.append((max_len, counter.frame_count))
@@ -304,10 +305,17 @@ def test_packings_share_a_graph(complex: bool, monkeypatch: pytest.MonkeyPatch) 
     assert counts[-1][1] == counts[5][1] <= 3
 
 
-@pytest.mark.parametrize("complex", KINDS)
-@pytest.mark.parametrize(("backend", "lengths"), [("portable", None), ("portable", [9, 0, 8]), ("reference", None)])
+@pytest.mark.parametrize(
+    ("backend", "complex", "lengths"),
+    [
+        ("portable", True, None),
+        ("portable", True, [9, 0, 8]),
+        ("portable", False, [9, 0, 8]),
+        ("reference", True, None),
+    ],
+)
 def test_compiled_gradients(
-    backend: str, lengths: list[int] | None, complex: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, complex: bool, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward as graphs of plain operations."""
     monkeypatch.setattr("plait.ops.diagonal_ssm.portable.CHUNK", 8)

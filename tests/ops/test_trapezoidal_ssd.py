@@ -74,11 +74,16 @@ def inputs(
 
 
 def op(
-    ssm: Tensor | None, last_k: Tensor | None, last_v: Tensor | None, **options: Any
+    ssm: Tensor | None,
+    last_k: Tensor | None,
+    last_v: Tensor | None,
+    *,
+    backend: str = "portable",
+    **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The op with its state as three arguments, as `run` wants it."""
     state = None if ssm is None or last_k is None or last_v is None else (ssm, last_k, last_v)
-    return trapezoidal_ssd(**options, initial_state=state)
+    return trapezoidal_ssd(**options, initial_state=state, backend=backend)
 
 
 def in_chunks(size: int) -> Any:
@@ -218,6 +223,24 @@ def test_packed_equals_separate_documents(backend: str, rank: int) -> None:
 
     packed = run(op, tensors, cu_seqlens=cumulative(lengths), max_len=100, backend=backend)
     assert_same_run(packed, run(separate, tensors), 1e-12)
+
+
+def test_nothing_of_one_document_reaches_another() -> None:
+    """The one with numbers that are none stands between others, one of them empty."""
+    lengths = [20, 0, 3, 0, 18]
+    tensors = inputs(1, sum(lengths), 5)
+    for name in PER_TOKEN:
+        tensors[name][:, 20:23] = float("nan")  # type: ignore[index]
+    for name in STATES:
+        tensors[name][2] = float("nan")  # type: ignore[index]
+    got = run(op, tensors, cu_seqlens=cumulative(lengths), max_len=32)
+    others = torch.cat([torch.arange(20), torch.arange(23, sum(lengths))])
+    assert got.outputs[0][:, 20:23].isnan().all() and not got.outputs[0][:, others].isnan().any()
+    for final, name in zip(got.outputs[1:], STATES, strict=True):
+        assert final[2].isnan().all() and not final[[0, 1, 3, 4]].isnan().any()
+        assert not got.grads[name][[0, 1, 3, 4]].isnan().any()
+    for name in PER_TOKEN:
+        assert not got.grads[name][:, others].isnan().any()
 
 
 @pytest.mark.parametrize("split", [1, 7, 8, 9, 19])

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from plait.config.errors import TrainingError
+from plait.config.table import kinds
+from plait.models.model import Model
 from plait.training import train
-from plait.training.distributed import World, choose_device, session
+from plait.training.distributed import World, choose_device, session, spread
 from tests.training import runs
 
 # No dropout: each process has random numbers of its own. Five rows in pieces of one: three pieces on one process,
@@ -128,6 +130,25 @@ def test_a_sharded_model_samples_and_is_saved_whole(folder: Path) -> None:
 
 def test_a_full_disk_on_one_process_leaves_nothing(folder: Path) -> None:
     assert list((folder / "full" / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_can_be_sharded(kind: str) -> None:
+    """FSDP2 frees gathered weights by resizing their storage, which `.numpy()` on a parameter forbids for good."""
+    model = Model(runs.load_config({"model": {"d_model": 32, "pattern": kind, "vocab_size": 9}}).model)
+    ids = torch.randint(9, (1, 20))
+    bounds = torch.tensor([0, 7, 20], dtype=torch.int32)
+    model(ids, labels=ids, cu_seqlens=bounds, max_len=13).loss.backward()
+    stuck = [name for name, p in model.named_parameters() if not p.untyped_storage().resizable()]
+    assert not stuck, "an op took .numpy() of a parameter; np.from_dlpack does not mark it"
+    assert all(p.dim() > 0 for p in model.parameters()), "FSDP2 shards no scalars"
+
+
+def test_a_scalar_is_refused_by_name() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.gain = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(TrainingError, match="gain is a scalar, which FSDP2 cannot shard"):
+        spread(model, [], "shard", World(0, 2, torch.device("cpu")))
 
 
 def test_one_process_starts_no_group() -> None:

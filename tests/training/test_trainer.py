@@ -22,6 +22,7 @@ from plait.config.load import load_config
 from plait.data.batch import Batch
 from plait.formats.native import load_model, load_saved_tokenizer
 from plait.training import train
+from plait.training.settings import torch_settings
 from plait.training.signals import stop_request
 from plait.training.step import Update
 from tests.training import runs
@@ -96,11 +97,14 @@ def test_the_model_that_comes_back_is_the_one_that_is_saved(tmp_path: Path) -> N
 def test_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
-    runs.run(tmp_path, steps=1, threads=2, deterministic=True, seed=7)
+    runs.run(tmp_path, steps=1, deterministic=True, seed=7)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[index, union-attr]
     assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with torch_settings(runs.tiny(tmp_path, threads=2, deterministic=True).training):
+        assert torch.get_num_threads() == 2 and torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_accumulation_does_not_change_the_numbers(tmp_path: Path) -> None:

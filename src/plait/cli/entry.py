@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -125,6 +126,4 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _version() -> str:
-    import plait
-
-    return plait.__version__
+    return version("plait")

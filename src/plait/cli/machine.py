@@ -24,13 +24,11 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def versions() -> list[Fact]:
     """Of Plait, Python, and what Plait needs."""
-    import plait
-
     packages = ", ".join(f"{name} {_version(name) or 'missing'}" for name in CORE)
     return [
         (
             "plait",
-            f"{plait.__version__}, Python {platform.python_version()} on {platform.platform(terse=True)}",
+            f"{_version('plait')}, Python {platform.python_version()} on {platform.platform(terse=True)}",
         ),
         ("packages", packages),
     ]
@@ -43,7 +41,7 @@ def hardware() -> list[Fact]:
     from plait.data.prepare import cache_folder
 
     rows: list[Fact] = [
-        ("CPU", f"{_cpu()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads for torch")
+        ("CPU", f"{_cpu()}, {os.cpu_count()} logical cores; torch threads: {torch.get_num_threads()}")
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)

@@ -68,7 +68,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def heat(logits: Tensor, temperature: float) -> Tensor:
     """Logits (S, V) over a temperature above 0, the greatest moved to 0 first so that nothing overflows."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -83,8 +83,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The most probable tokens whose probabilities first add up to p stay, at least one; logits (S, V)."""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    before[..., 0] = 0  # exactly: the first token stays whatever rounding says
+    before = probability.cumsum(-1) - probability  # exactly 0 for the first one
     kept = ordered.masked_fill(before >= p, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
@@ -115,7 +114,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     total = reached[..., -1:]
     wanted = uniform.to(reached)[:, None] * total
     wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
-    # the first token that passes the number; never one of probability 0, whatever the rounding of the sums
+    # the first token that passes the number; never one of probability 0, though parallel sums need not be monotone
     return ((reached > wanted) & (probability > 0)).int().argmax(-1)
 
 

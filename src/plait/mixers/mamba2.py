@@ -21,7 +21,7 @@ from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
 from plait.nn.linear import make_linear
-from plait.nn.norm import GatedRMSNorm
+from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
 from plait.ops.causal_conv1d import causal_conv1d
 from plait.ops.ssd import ssd
@@ -95,7 +95,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.n_head))
         self.D = nn.Parameter(torch.empty(self.d_ssm if options.D_has_hdim else self.n_head))
         self.norm = (
-            GatedRMSNorm(
+            RMSNorm(
                 self.d_ssm,
                 group_size=self.d_ssm // self.ngroups,
                 norm_before_gate=options.norm_before_gate,

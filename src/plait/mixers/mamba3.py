@@ -26,7 +26,7 @@ from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
 from plait.nn.linear import make_linear
-from plait.nn.norm import GatedRMSNorm
+from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
 from plait.nn.rope import rotate_pairs
 from plait.ops.cumulative_angle import cumulative_angle
@@ -114,15 +114,15 @@ class Mamba3(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_head))
         self.B_bias = nn.Parameter(torch.empty(self.n_head, self.rank, self.d_state))
         self.C_bias = nn.Parameter(torch.empty(self.n_head, self.rank, self.d_state))
-        self.B_norm = nn.RMSNorm(self.d_state, eps=1e-5)
-        self.C_norm = nn.RMSNorm(self.d_state, eps=1e-5)
+        self.B_norm = RMSNorm(self.d_state)
+        self.C_norm = RMSNorm(self.d_state)
         self.D = nn.Parameter(torch.empty(self.n_head))
         mimo = (self.n_head, self.rank, self.headdim)
         self.mimo_x = nn.Parameter(torch.empty(mimo)) if self.is_mimo else None
         self.mimo_z = nn.Parameter(torch.empty(mimo)) if self.is_mimo else None
         self.mimo_o = nn.Parameter(torch.empty(mimo)) if self.is_mimo else None
         self.norm = (
-            GatedRMSNorm(self.d_inner, group_size=self.headdim, norm_before_gate=True)
+            RMSNorm(self.d_inner, group_size=self.headdim, norm_before_gate=True)
             if options.out_norm
             else None
         )
@@ -203,11 +203,11 @@ class Mamba3(Mixer):
             rate = F.relu(x) + 1 / (1 - x.clamp(max=0))
         return rate.clamp(min=self.options.A_floor)
 
-    def _rotated(self, x: Tensor, norm: nn.RMSNorm, bias: Tensor, theta: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, norm: RMSNorm, bias: Tensor, theta: Tensor) -> Tensor:
         """B or C (..., R G N) to keys or queries (..., R, H, N): norm, bias of each head, rotation."""
         wide = theta.dtype
         x = x.unflatten(-1, (self.rank, self.ngroups, 1, self.d_state)).to(wide)
-        x = F.rms_norm(x, (self.d_state,), norm.weight.to(wide), norm.eps)
+        x = norm(x)
         x = x.expand(*x.shape[:-2], self.n_head // self.ngroups, self.d_state).flatten(-3, -2)
         x = x + bias.to(wide).transpose(0, 1)
         if self.rope_pairs == "halves":  # channels whose pair does not turn: an angle of zero

@@ -24,8 +24,8 @@ class InputMix(nn.Module):
 
     def __init__(self, *, scaled: bool, embedded: bool) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.empty(())) if scaled else None
-        self.share = nn.Parameter(torch.empty(())) if embedded else None
+        self.scale = nn.Parameter(torch.empty(1)) if scaled else None
+        self.share = nn.Parameter(torch.empty(1)) if embedded else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

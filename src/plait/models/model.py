@@ -96,6 +96,8 @@ class Model(nn.Module):
     def materialize(self, device: torch.device | str) -> Model:
         """Allocate and initialise a model that was built on the meta device."""
         self.to_empty(device=device)
+        if isinstance(self.head, LMHead) and self.head.unembedding.tied:  # to_empty made two of the one
+            self.head.unembedding.weight = self.embedding.tokens.weight
         init_weights(self)
         return self
 

@@ -1,12 +1,14 @@
-"""Normalisation layers: RMSNorm and LayerNorm with or without weights, and the gated RMSNorm of Mamba-2 and -3."""
+"""Normalisation layers: RMSNorm, with the gate of Mamba-2 and -3 as an option, and torch's LayerNorm."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from plait.config.schema import NormConfig
-from plait.nn.roles import VECTOR_FP32
+from plait.nn.roles import VECTOR_FP32, Role
 from plait.ops.gated_norm import gated_norm
 
 
@@ -17,32 +19,42 @@ def make_norm(config: NormConfig, dim: int) -> nn.Module:
     if config.kind == "rms":
         if config.bias:
             raise ValueError("norm: an rms norm has no bias; use kind layer")
-        return nn.RMSNorm(dim, eps=config.eps, elementwise_affine=config.weight)
+        return RMSNorm(dim, eps=config.eps, weight=config.weight)
     bias = config.weight if config.bias is None else config.bias
     return nn.LayerNorm(dim, eps=config.eps, elementwise_affine=config.weight, bias=bias)
 
 
-class GatedRMSNorm(nn.Module):
-    """RMS norm of (..., E) gated by silu(z), statistics over groups of channels (Mamba-2, arXiv 2405.21060)."""
+class RMSNorm(nn.Module):
+    """RMS norm of (..., E), statistics in float32 over groups of channels, with an optional gate silu(z).
 
-    roles = {"weight": VECTOR_FP32}  # noqa: RUF012
+    Without a gate it is the norm of arXiv 1910.07467; with one, that of Mamba-2 (arXiv 2405.21060, section 7).
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"weight": VECTOR_FP32}
 
     def __init__(
-        self, dim: int, *, group_size: int | None = None, norm_before_gate: bool = False, eps: float = 1e-5
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        weight: bool = True,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim)) if weight else None
+        self.eps = eps
         self.group_size = group_size or dim
         self.norm_before_gate = norm_before_gate
-        self.eps = eps
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set every weight to one."""
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """x, z: (..., E) -> (..., E); ``z`` None leaves the gate out."""
+        """x, z: (..., E) -> (..., E) in x's dtype; ``z`` None leaves the gate out."""
         return gated_norm(
             x,
             z,

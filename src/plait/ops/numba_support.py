@@ -54,7 +54,7 @@ def run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
     The threads are Python's, without the interpreter's lock while they compute: nothing to link, and a forked child
     starts its own.
     """
-    variant = (kernel, *(a.dtype if isinstance(a, np.ndarray) else numba.typeof(a) for a in args))
+    variant = (kernel, *map(_kind, args))
     if variant not in _ready:
         _compile(kernel, (0, tasks, *args))
         _ready.add(variant)
@@ -76,10 +76,27 @@ def run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
         other.result()
 
 
-def array(x: Tensor) -> np.ndarray:
-    """The tensor's memory as an array, bfloat16 as uint16."""
+def flat(x: Tensor) -> np.ndarray:
+    """The memory that x spans, as one array (bfloat16 as uint16): one kind of array, so one compilation, for all."""
     x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    if not x.is_contiguous():
+        span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride())) if x.numel() else 0
+        x = x.as_strided((span,), (1,))
+    # not .numpy(): it would forbid FSDP to free the storage of a parameter it has gathered
+    return np.from_dlpack((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).view(-1))
+
+
+def rows(x: Tensor) -> tuple[np.ndarray, int]:
+    """x (R, E) as `flat`, and the elements from a row to the next; copied where the channels lie apart."""
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return flat(x), x.stride(0)
+
+
+def _kind(a: Any) -> Any:
+    """What tells the types of arguments apart: arrays are all flat, tuples hold zeros."""
+    if isinstance(a, np.ndarray):
+        return a.dtype
+    return a if isinstance(a, tuple) else type(a)
 
 
 def _compile(kernel: Any, args: tuple[Any, ...]) -> None:
@@ -119,7 +136,7 @@ class _MaskType(types.Type):
 
 
 VEC, MASK = _VecType(), _MaskType()
-_F32, _I32, _I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+_F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _VF, _VI, _VH, _VB = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, ir.IntType(1)))
 
 
@@ -241,6 +258,20 @@ def store(typing: Any, target: Any, at: Any, x: Any, lanes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(target, types.intp, x, lanes), lower
+
+
+@intrinsic
+def prefetch(typing: Any, source: Any, at: Any) -> Any:
+    """Have the memory at `at`, which may lie outside the array, in the cache soon."""
+
+    def lower(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        p = b.bitcast(
+            b.gep(context.make_array(source)(context, b, args[0]).data, [args[1]]), _I8.as_pointer()
+        )
+        _call(b, "llvm.prefetch.p0", ir.VoidType(), [p, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), lower
 
 
 def _bfloat16(b: Any, x: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from plait.config.errors import TokenizerError
+from plait.config.errors import PlaitError, TokenizerError
 from plait.tokenizers.base import (
     ROLE_NAMES,
     checked_special_tokens,
@@ -47,6 +47,8 @@ def train_subwords(
 
     try:
         engine.train_from_iterator(counted(), trainer)
+    except PlaitError:  # of the texts, which are read while the library trains
+        raise
     except Exception as error:  # the library raises bare Exception; our own errors pass through it unchanged
         if seen:
             raise

@@ -101,7 +101,10 @@ def session(config: TrainingConfig) -> Iterator[World]:
         raise TrainingError("several processes need CPUs or CUDA GPUs; set --training.device=cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", rank=rank, world_size=size, device_id=device if on_gpu else None
+    )
     try:
         yield World(rank, size, device)
     finally:

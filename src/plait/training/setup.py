@@ -175,10 +175,10 @@ def make_model(
     model.float().train()
     model.tokenizer = tokenizer
     blocks = list(model.blocks)
-    if training.activation_checkpointing:
-        recompute_blocks(blocks)
     if training.compile:
         compile_blocks(blocks)
+    if training.activation_checkpointing:
+        recompute_blocks(blocks)
     return model, spread(model, blocks, training.parallel, world)
 
 

@@ -14,6 +14,7 @@ from plait.ops.dispatch import Op, choose
 CAUSAL_CONV1D = Op(
     "causal_conv1d",
     {
+        "cpu": "plait.ops.causal_conv1d.cpu:causal_conv1d",
         "portable": "plait.ops.causal_conv1d.portable:causal_conv1d",
         "reference": "plait.ops.causal_conv1d.reference:causal_conv1d",
     },

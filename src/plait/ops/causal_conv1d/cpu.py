@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.causal_conv1d import cpu_kernels
-from plait.ops.numba_support import array, run
+from plait.ops.numba_support import flat, rows, run
 
 
 def causal_conv1d(
@@ -39,25 +39,25 @@ def causal_conv1d(
     return y.view(x.shape), final
 
 
-@torch.library.custom_op("plait::causal_conv1d_cpu", mutates_args=())
+@torch.library.custom_op("plait::causal_conv1d_cpu", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, bounds: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """x (n, C), weight (C, W), bias (C), tail (S, W-1, C), bounds (S+1,) -> y (n, C), final (S, W-1, C)."""
-    x, taps, w, b = _arguments(x, weight, bias)
+    taps, w, b = _parameters(weight, bias)
     y, final = _outputs(x, weight, bounds)
-    states, ends = _states(tail, x), bounds.numpy()
     run(
         cpu_kernels.forward,
         _tasks(x),
         x.numel(),
-        array(x),
+        *x.shape,
+        *rows(x),
         w,
         b,
-        states,
-        ends,
-        array(y),
-        array(final),
+        _states(tail, x),
+        bounds.numpy(),
+        flat(y),
+        flat(final),
         taps,
         silu or None,
     )
@@ -71,7 +71,7 @@ def _(
     return _outputs(x, weight, bounds)
 
 
-@torch.library.custom_op("plait::causal_conv1d_cpu_backward", mutates_args=())
+@torch.library.custom_op("plait::causal_conv1d_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -84,24 +84,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x (n, C), weight (C, W), bias (C) and tail (S, W-1, C), the last empty without a tail."""
     dx, dweight, dbias, dtail = _gradients(x, weight, bias, tail)
-    x, taps, w, b = _arguments(x, weight, bias)
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    taps, w, b = _parameters(weight, bias)
     sums = torch.empty(_blocks(x), len(taps) + 1, x.shape[1])
-    states, ends = (_states(dfinal, x), _states(tail, x)), bounds.numpy()
     run(
         cpu_kernels.backward,
         _tasks(x),
         x.numel(),
-        array(dy),
-        states[0],
-        array(x),
+        *x.shape,
+        *rows(dy),
+        _states(dfinal, x),
+        *rows(x),
         w,
         b,
-        states[1],
-        ends,
-        array(dx),
-        array(dtail),
-        sums.numpy(),
+        _states(tail, x),
+        bounds.numpy(),
+        flat(dx),
+        flat(dtail),
+        flat(sums),
         taps,
         silu or None,
     )
@@ -169,14 +168,13 @@ def _gradients(
     )
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...], Any, Any]:
-    """x with its channels side by side, the tuple that says W, the taps (W, C) and the bias (C) in float32."""
-    width, channels = weight.shape[1], weight.shape[0]
-    w = weight.detach().t().float().contiguous().numpy()
-    b = torch.zeros(channels) if bias is None else bias.detach().float().contiguous()
-    return x if x.stride(1) == 1 else x.contiguous(), (0,) * width, w, b.numpy()
+def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[tuple[int, ...], Any, Any]:
+    """The tuple that says W, the taps (W, C) and the bias (C) in float32."""
+    channels, width = weight.shape
+    b = torch.zeros(channels) if bias is None else bias.float().contiguous()
+    return (0,) * width, flat(weight.t().float().contiguous()), flat(b)
 
 
 def _states(states: Tensor | None, x: Tensor) -> Any:
-    """States (S, W-1, C) for the kernels; none are an array of the same kind with S = 0."""
-    return array(x.new_empty(0, 0, 0) if states is None else states.contiguous())
+    """States (S, W-1, C) for the kernels; none are an empty array of the same kind."""
+    return flat(x.new_empty(0) if states is None else states.contiguous())

@@ -160,9 +160,8 @@ class _Convolution(torch.autograd.Function):
 
 
 def _heads(x: Tensor, tail: Tensor | None, head: Tensor, inside: Tensor, kind: torch.dtype) -> Tensor:
-    """Each sequence's initial state and first W-1 rows, zeros where it has fewer: (S, 2W-2, C)."""
-    rows = x[torch.where(inside, head, 0)]
-    rows = torch.where(inside.unsqueeze(2), rows, 0).to(kind)
+    """Each sequence's initial state and first W-1 rows, anything where it has fewer: (S, 2W-2, C)."""
+    rows = x[torch.where(inside, head, 0)].to(kind)
     return _window(rows, None if tail is None else tail.to(kind), head.shape[1])
 
 

@@ -34,10 +34,10 @@ def cumulative_angle(
         initial = initial_state.to(wide)
         if plan.chunk is None or plan.turn is None:
             total = total.unflatten(0, (plan.n_seq, plan.steps))
-            before = (total.cumsum(1) - total + initial.unsqueeze(1)).flatten(0, 1)
+            before = (_exclusive_sum(total, 1) + initial.unsqueeze(1)).flatten(0, 1)
         else:
             sequence = plan.turn % plan.n_seq
-            earlier = total.cumsum(0) - total
+            earlier = _exclusive_sum(total, 0)
             start = earlier.index_select(0, plan.chunk[0].index_select(0, sequence))
             before = earlier - start + initial.index_select(0, sequence)
         theta = torch.remainder(join(within + before.unsqueeze(1), plan), 2 * math.pi).to(kind)
@@ -48,3 +48,8 @@ def cumulative_angle(
         begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         last = theta[0].index_select(0, (end - 1).clamp(min=0))
         return theta, torch.where((end > begin)[:, None, None], last, initial_state.to(kind))
+
+
+def _exclusive_sum(t: Tensor, dim: int) -> Tensor:
+    """The sum of what stands before each element; taking it off an inclusive sum would let its rounding in."""
+    return torch.cat([torch.zeros_like(t.narrow(dim, 0, 1)), t.cumsum(dim).narrow(dim, 0, t.shape[dim] - 1)], dim)

@@ -8,16 +8,18 @@ with the powers p_j = exp(j dA), j = 0..Q. The state is passed over the chunks o
 
 Complex parameters are taken apart into real and imaginary parts, "pairs" of size 2 (size 1 if real): matrix products
 are real, and only the pass over the chunks' states uses complex tensors, inside a function with its own gradient.
-Powers are computed in float64 where the device has it: an angle j * Im(dA) in float32 loses digits that the
-recurrence keeps.
+Powers are computed in float64 where the device has it: in float32 the angles j * Im(dA) would lose digits.
 
     S sequences, n = S*T tokens (packed: n), C chunks, Q tokens a chunk, E channels, N states a channel, M = N * pair.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from plait.ops.chunks import Plan, compute_dtype, join, no_autocast, plan_chunks, split
 from plait.ops.selective_scan.carry import Route, carry_states, chunk_size, make_route
@@ -52,14 +54,15 @@ def diagonal_ssm(
         xs = x.to(kind)
         powers = _powers(dA, plan.size, kind)
         weights = _Weights(powers, _pairs(B, kind), _pairs(C, kind))
-        chunks = split(xs, plan).permute(2, 1, 0)
+        chunks = _turn(split(xs, plan).flatten(0, 1)).unflatten(1, (plan.count, plan.size))
         local = weights.chunk_end(chunks)
         start = initial if dA.is_complex() else initial.unsqueeze(-1)
         route = make_route(plan)
         decay = _scalars(powers[plan.size]).expand(plan.count, *dA.shape)
         entering, _ = carry_states(decay, _scalars(local), _scalars(start), route)
         entering = _as_pairs(entering)
-        y = join(weights.outputs(chunks, entering).permute(2, 1, 0), plan)
+        y = _turn(weights.outputs(chunks, entering).flatten(1)).unflatten(0, (plan.count, plan.size))
+        y = join(y, plan)
         if D is not None:
             y = torch.addcmul(y, xs, D.to(kind))
         final = _final(xs.reshape(-1, xs.shape[2]), weights, entering, start, plan, route, cu_seqlens)
@@ -77,21 +80,17 @@ class _Weights:
         self.C = C
 
     def chunk_end(self, x: Tensor) -> Tensor:
-        """The state a chunk reaches from zero: x (E, Q, C) -> (C, E, N, pair)."""
-        matrix = self.reach.flip(0).permute(1, 2, 3, 0).reshape(self.channels, -1, self.size)
-        return torch.bmm(matrix, x).permute(2, 0, 1).unflatten(2, self.shape)
+        """The state a chunk reaches from zero: x (E, C, Q) -> (C, E, N, pair)."""
+        matrix = self.reach.flip(0).transpose(0, 1).reshape(self.channels, self.size, -1)
+        return _product(x, matrix).transpose(0, 1).unflatten(2, self.shape)
 
     def outputs(self, x: Tensor, entering: Tensor) -> Tensor:
-        """y of all chunks: x (E, Q, C), entering (C, E, N, pair) -> (E, Q, C)."""
-        kernel = (_reader(self.C) * self.reach).sum((2, 3))
-        step = torch.arange(self.size, device=x.device)
-        lag = step.unsqueeze(1) - step
-        matrix = kernel.index_select(0, lag.clamp(min=0).view(-1)).view(self.size, self.size, -1)
-        matrix = matrix.masked_fill((lag < 0).unsqueeze(2), 0).permute(2, 0, 1)
-        carried = (
-            _reader(_times(self.powers[1:], self.C)).permute(1, 0, 2, 3).reshape(self.channels, self.size, -1)
-        )
-        return torch.baddbmm(torch.bmm(matrix, x), carried, entering.flatten(2).permute(1, 2, 0))
+        """y of all chunks: x (E, C, Q), entering (C, E, N, pair) -> (E, C, Q)."""
+        kernel = (_reader(self.C) * self.reach).sum((2, 3)).t()
+        # row i of the windows is K shifted right by Q - 1 - i: from j tokens back to now
+        matrix = functional.pad(kernel, (self.size - 1, 0)).unfold(1, self.size, 1).flip(1)
+        carried = _reader(_times(self.powers[1:], self.C)).flatten(2).permute(1, 2, 0)
+        return _product(x, matrix) + _product(entering.flatten(2).transpose(0, 1), carried)
 
 
 def _final(
@@ -122,10 +121,47 @@ def _final(
     index = (end - size).unsqueeze(1) + step
     own = step >= (size - count).unsqueeze(1)
     tokens = x.index_select(0, torch.where(own, index, 0).view(-1)).view(plan.n_seq, size, -1)
-    tokens = torch.where(own.unsqueeze(2), tokens, 0).permute(2, 1, 0)
+    tokens = torch.where(own.unsqueeze(2), tokens, 0).permute(2, 0, 1)
     decayed = _times(weights.powers.index_select(0, count), entering.index_select(0, last))
     final = decayed + weights.chunk_end(tokens)
     return torch.where((count > 0).view(-1, 1, 1, 1), final, initial)
+
+
+class _Product(torch.autograd.Function):
+    """Batched matrix product whose gradient, too, is computed without autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with no_autocast(a):
+            return torch.bmm(grads[0], b.transpose(1, 2)), torch.bmm(a.transpose(1, 2), grads[0])
+
+
+class _Turn(torch.autograd.Function):
+    """The transposed matrix, contiguous; so is its gradient, because batched products are slow on other layouts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous().t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous().t().contiguous()
+
+
+def _turn(x: Tensor) -> Tensor:
+    """(I, J) to (J, I)."""
+    return _Turn.apply(x)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(E, I, K) times (E, K, J)."""
+    return _Product.apply(a, b)
 
 
 def _powers(dA: Tensor, size: int, kind: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from plait.ops.dispatch import Op, choose
 GATED_NORM = Op(
     "gated_norm",
     {
+        "cpu": "plait.ops.gated_norm.cpu:gated_norm",
         "portable": "plait.ops.gated_norm.portable:gated_norm",
         "reference": "plait.ops.gated_norm.reference:gated_norm",
     },

@@ -1,33 +1,25 @@
 """Mamba-2's op on CPUs: the Numba kernels of `cpu_kernels.py` as torch custom ops.
 
-Threads are Python threads that run kernels without the interpreter's lock, as many as torch uses. They need no
-OpenMP runtime beside torch's, work on every platform, and a forked child starts its own. Which task is computed where
-changes no number: results are equal bit for bit for any number of threads.
+Which thread computes which task changes no number: results are equal bit for bit for any number of threads.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from plait.ops.ssd import cpu_kernels
+from plait.ops.numba_support import flat, run
+from plait.ops.ssd import cpu_kernels, cpu_tiles
 
 BLOCK = 64
 """Q, tokens a block: one state a block is kept for backward"""
-_SMALL = 1 << 18
-"""Below this many updates of a state's elements other threads cost more than they bring."""
-_log = logging.getLogger("plait.ops")
+_LIGHT = 4
+"""updates of elements of a state that take as long as one element of a pointwise op"""
 
 
 def ssd(
@@ -83,10 +75,10 @@ def _forward(
     share = _share(n_seq, heads, B.shape[2])
     parts = B.shape[2] * -(-(heads // B.shape[2]) // share)
     inputs = _inputs(x, B, C)
-    _run(
+    run(
         cpu_kernels.forward,
         n_seq * parts,
-        rows * length * heads * width * state,
+        rows * length * heads * width * state // _LIGHT,
         ((0,) * vectors,) * tile_rows,
         (length, heads, width, B.shape[2], state, share, BLOCK, parts),
         segments,
@@ -100,7 +92,7 @@ def _forward(
         np.float32(low),
         np.float32(high),
         softplus,
-        *(_flat(t)[0] for t in (y, final, steps, gates, states)),
+        *(flat(t) for t in (y, final, steps, gates, states)),
     )
     return y.to(x.dtype), final, steps, gates, states
 
@@ -152,10 +144,10 @@ def _backward(
     partial = -(-(heads // groups) // share)
     db, dc = (x.new_empty(partial, *B.shape, dtype=torch.float32) for _ in "BC")
     inputs = _inputs(x, B, C)
-    _run(
+    run(
         cpu_kernels.backward,
         n_seq * groups * partial,
-        3 * rows * length * heads * width * state,
+        3 * rows * length * heads * width * state // _LIGHT,
         ((0,) * vectors,) * tile_rows,
         (length, heads, width, groups, state, share, BLOCK, groups * partial),
         segments,
@@ -169,7 +161,7 @@ def _backward(
         np.float32(low),
         np.float32(high),
         softplus,
-        *(_flat(t)[0] for t in (steps, gates, states, dx, ddt, db, dc, dinitial)),
+        *(flat(t) for t in (steps, gates, states, dx, ddt, db, dc, dinitial)),
         sums.reshape(-1),
     )
     total = torch.from_numpy(sums.sum(0))
@@ -244,7 +236,7 @@ def _tile(state: int) -> tuple[int, int]:
     """The tile that covers `state` with the least work: padded lanes, and some work a tile whatever its width."""
     best, least = (4, 1), -1
     for rows, vectors in _tiles():
-        lanes = vectors * cpu_kernels.LANES
+        lanes = vectors * cpu_tiles.LANES
         work = -(-state // lanes) * (lanes + 16)
         if least < 0 or work < least:
             best, least = (rows, vectors), work
@@ -254,7 +246,7 @@ def _tile(state: int) -> tuple[int, int]:
 def _area(width: int, state: int) -> int:
     """Elements of one head's padded state."""
     rows, vectors = _tile(state)
-    lanes = vectors * cpu_kernels.LANES
+    lanes = vectors * cpu_tiles.LANES
     return -(-width // rows) * rows * (-(-state // lanes) * lanes)
 
 
@@ -276,19 +268,15 @@ def _inputs(*tensors: Tensor) -> list[Any]:
 
 
 def _flat(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A flat array over what t spans (bfloat16 as uint16) and t's first three strides; the rest is contiguous."""
-    t = t.detach()
+    """What t spans, and its first three strides; the channels or states of a token lie together."""
     if t.numel() and t.dim() == 4 and t.stride(3) != 1:
         t = t.contiguous()
-    span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    flat = t.as_strided((span,), (1,))
-    array = flat.view(torch.uint16) if t.dtype == torch.bfloat16 else flat
-    return array.numpy(), t.stride()[:3]
+    return flat(t), t.stride()[:3]
 
 
 def _numbers(t: Tensor) -> np.ndarray:
     """All elements in order, as float32."""
-    return t.detach().float().contiguous().view(-1).numpy()
+    return np.from_dlpack(t.detach().float().contiguous().view(-1))
 
 
 def _skip(x: Tensor, D: Tensor | None) -> np.ndarray:
@@ -305,60 +293,3 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     for i, part in enumerate(parts[1:]):
         total = total + part if i == 0 else total.add_(part)
     return total.to(dtype)
-
-
-_ready: set[Any] = set()
-_compiling = threading.Lock()
-
-
-def _run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
-    """Call kernel(first, last, *args) until all tasks are done, on as many threads as torch uses."""
-    if tasks == 0:
-        return
-    variant = (kernel, args[0], *(a.dtype for a in args if isinstance(a, np.ndarray)))
-    if variant not in _ready:
-        _compile(kernel, (0, tasks, *args))
-        _ready.add(variant)
-    threads = min(torch.get_num_threads(), tasks) if work >= _SMALL else 1
-    if threads == 1:
-        kernel(0, tasks, *args)
-        return
-    grain = max(1, tasks // (8 * threads))
-    # taking the next range is one call under the interpreter's lock, so no two threads get the same one
-    todo = itertools.chain(range(0, tasks, grain))
-
-    def work_on() -> None:
-        for first in todo:
-            kernel(first, min(first + grain, tasks), *args)
-
-    others = [_pool().submit(work_on) for _ in range(threads - 1)]
-    work_on()
-    for other in others:
-        other.result()
-
-
-def _compile(kernel: Any, args: tuple[Any, ...]) -> None:
-    """Compile `kernel` for these arguments, or load it from Numba's cache; say so to who has to wait."""
-    with _compiling:
-        timer = threading.Timer(1.0, _say_compiling)
-        timer.daemon = True
-        timer.start()
-        try:
-            kernel.compile(tuple(numba.typeof(a) for a in args))
-        finally:
-            timer.cancel()
-
-
-@cache
-def _say_compiling() -> None:
-    _log.warning("compiling CPU kernels, once per machine")
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="plait-cpu")
-
-
-# a forked child has none of its parent's threads
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

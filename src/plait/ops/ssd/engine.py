@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from plait.ops.chunks import Plan, compute_dtype, no_autocast
 from plait.ops.ssd.blocks import Maps, Run, Sizes
@@ -117,6 +118,7 @@ class _ChunkScan(torch.autograd.Function):
         return run.finish(y), final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         dy, dfinal = grads
         x, k, q, a, w, diagonal, skip, states, *indices = ctx.saved_tensors
