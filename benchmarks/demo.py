@@ -1,6 +1,6 @@
 """Run `plait demo` as it is and keep what it reached, with the hardware and versions: the numbers in the README.
 
-    python benchmarks/demo.py [--json FILE] [demo options, e.g. --minutes 1]
+python benchmarks/demo.py [--json FILE] [demo options, e.g. --minutes 1]
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=RESULTS / "demo.json", help="where the result goes")
     options, demo = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:

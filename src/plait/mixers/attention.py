@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from plait.mixers.contract import Layout, Mixer, State, linear_flops
 from plait.nn.linear import make_linear
 from plait.nn.rope import apply_rope
 from plait.ops.attention import attention, cached_attention
+from plait.ops.gated_norm import gated_norm
 
 
 class Options(MixerOptions):
@@ -163,7 +163,8 @@ class Attention(Mixer):
                 n_angles=self.n_angles,
                 interleaved=self.rope_interleaved,
             )
-        return F.rms_norm(x, (self.headdim,)) if self.qk_norm else x
+        # the eps of torch.nn.functional.rms_norm, which models with this norm were trained with
+        return gated_norm(x, eps=torch.finfo(x.dtype).eps) if self.qk_norm else x
 
     def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: State) -> Tensor:
         """Attend to past and new tokens through temporary buffers large enough for both."""

@@ -97,7 +97,7 @@ class Model(nn.Module):
         """Allocate and initialise a model that was built on the meta device."""
         self.to_empty(device=device)
         if isinstance(self.head, LMHead) and self.head.unembedding.tied:  # to_empty made two of the one
-            self.head.unembedding.weight = self.embedding.tokens.weight
+            self.head.unembedding.weight = cast("nn.Parameter", self.embedding.tokens.weight)
         init_weights(self)
         return self
 

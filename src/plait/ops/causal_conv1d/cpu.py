@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.ops.causal_conv1d import cpu_kernels
+from plait.ops.causal_conv1d import cpu_kernels, portable
 from plait.ops.numba_support import flat, rows, run
 
 
@@ -29,13 +29,18 @@ def causal_conv1d(
 
     Packed: one row (1, n, C) with cu_seqlens (S+1,); max_len is not needed here. x float32 or bfloat16.
     """
-    rows, length, channels = x.shape
+    n_rows, length, channels = x.shape
+    if cu_seqlens is None and 0 < length < weight.shape[1]:
+        # a token or a few, as in decoding: a call of a custom op costs more than the work
+        return portable.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state)
     if cu_seqlens is None:
-        bounds = torch.arange(rows + 1, device=x.device) * length
+        bounds = torch.arange(n_rows + 1, device=x.device) * length
     else:
         bounds = cu_seqlens.long()
     tail = None if initial_state is None else initial_state.to(x.dtype)
-    y, final = _forward(x.reshape(rows * length, channels), weight, bias, tail, bounds, activation == "silu")
+    y, final = _forward(
+        x.reshape(n_rows * length, channels), weight, bias, tail, bounds, activation == "silu"
+    )
     return y.view(x.shape), final
 
 

@@ -52,4 +52,6 @@ def cumulative_angle(
 
 def _exclusive_sum(t: Tensor, dim: int) -> Tensor:
     """The sum of what stands before each element; taking it off an inclusive sum would let its rounding in."""
-    return torch.cat([torch.zeros_like(t.narrow(dim, 0, 1)), t.cumsum(dim).narrow(dim, 0, t.shape[dim] - 1)], dim)
+    return torch.cat(
+        [torch.zeros_like(t.narrow(dim, 0, 1)), t.cumsum(dim).narrow(dim, 0, t.shape[dim] - 1)], dim
+    )

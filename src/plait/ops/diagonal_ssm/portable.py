@@ -87,7 +87,7 @@ class _Weights:
     def outputs(self, x: Tensor, entering: Tensor) -> Tensor:
         """y of all chunks: x (E, C, Q), entering (C, E, N, pair) -> (E, C, Q)."""
         kernel = (_reader(self.C) * self.reach).sum((2, 3)).t()
-        # row i of the windows is K shifted right by Q - 1 - i: from j tokens back to now
+        # row j is K shifted right by j: column i holds K_{i-j}, and zeros before
         matrix = functional.pad(kernel, (self.size - 1, 0)).unfold(1, self.size, 1).flip(1)
         carried = _reader(_times(self.powers[1:], self.C)).flatten(2).permute(1, 2, 0)
         return _product(x, matrix) + _product(entering.flatten(2).transpose(0, 1), carried)

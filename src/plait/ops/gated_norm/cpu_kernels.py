@@ -112,7 +112,8 @@ def _outer(
 @njit(**KERNEL)
 def backward(
     begin_task: int, end_task: int, n: int, channels: int,
-    dy: Any, dy_step: int, x: Any, step: int, z: Any, z_step: int, w: Any, scales: Any, dx: Any, dz: Any, sums: Any, size: int, norm_first: Any,
+    dy: Any, dy_step: int, x: Any, step: int, z: Any, z_step: int,
+    w: Any, scales: Any, dx: Any, dz: Any, sums: Any, size: int, norm_first: Any,
 ) -> None:  # fmt: skip
     """Fill dx, dz (R, E) and sums (tasks, E), the sum of dw over each task's rows.
 
