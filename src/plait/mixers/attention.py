@@ -163,8 +163,8 @@ class Attention(Mixer):
                 n_angles=self.n_angles,
                 interleaved=self.rope_interleaved,
             )
-        # the eps of torch.nn.functional.rms_norm, which models with this norm were trained with
-        return gated_norm(x, eps=torch.finfo(x.dtype).eps) if self.qk_norm else x
+        # torch's default of eps for float32, with which models of this norm were trained, in every precision
+        return gated_norm(x, eps=torch.finfo(torch.float32).eps) if self.qk_norm else x
 
     def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: State) -> Tensor:
         """Attend to past and new tokens through temporary buffers large enough for both."""
