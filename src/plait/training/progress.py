@@ -23,7 +23,7 @@ class Status:
     """One step, as it is shown."""
 
     step: int
-    steps: int
+    steps: int | None  # of the whole run; None if its end is a matter of time
     progress: float  # of the run, 0 .. 1: by steps or by time
     loss: float  # nats a target
     bits_per_byte: float | None
@@ -141,7 +141,7 @@ def memory_bytes() -> int | None:
 def _line(status: Status, loss: float, bits: float | None) -> str:
     left = status.elapsed * (1.0 / status.progress - 1.0) if status.progress > 0 else None
     parts = [
-        f"step {status.step}/{status.steps}",
+        f"step {status.step}" + (f"/{status.steps}" if status.steps else ""),
         f"{100 * status.progress:.0f} %",
         f"loss {loss:.3f}",
         *([] if bits is None else [f"{bits:.3f} bits/byte"]),

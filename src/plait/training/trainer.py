@@ -206,7 +206,8 @@ class Trainer:
         bits = update.loss * update.n_targets / (math.log(2) * n_bytes) if n_bytes else None
         line = state.step % training.log_every == 0 or state.step in (1, steps)
         progress = progress_of(state.step, steps, elapsed, training.minutes)
-        self.show.step(Status(state.step, steps, progress, update.loss, bits, lr, rate, elapsed), line=line)
+        known = None if training.minutes else steps
+        self.show.step(Status(state.step, known, progress, update.loss, bits, lr, rate, elapsed), line=line)
         if line and self.world.first:
             self.metrics.write(
                 {
@@ -310,10 +311,11 @@ class Trainer:
     def _say_what_begins(self, checkpoint: Path | None) -> None:
         parts, say = self.parts, self.show.message
         n_parameters = sum(p.numel() for p in parts.optimizer.parameters)
+        minutes = self.config.training.minutes
+        length = f"{minutes:g} minutes of steps" if minutes else f"{parts.steps:,} steps"
         say(
             f"{self.folder}: {n_parameters:,} parameters on {self.world.device} x {self.world.size}, "
-            f"{parts.loader.samples.count:,} rows of training data, {parts.steps:,} steps of "
-            f"{parts.loader.batch_rows} rows"
+            f"{parts.loader.samples.count:,} rows of training data, {length} of {parts.loader.batch_rows} rows"
         )
         say("optimizer: " + ", ".join(parts.optimizer.describe()))
         if checkpoint is None:
