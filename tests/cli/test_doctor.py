@@ -55,7 +55,7 @@ def _results(case: Case) -> dict[str, torch.Tensor]:
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, target: str, broken: Callable[..., Any]) -> None:
-    monkeypatch.setitem(dispatch._loaded, target, broken)
+    monkeypatch.setattr(dispatch._loaded, dispatch.attribute_of(target), broken)
 
 
 def test_a_wrong_number_is_named(plait: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class _Chosen:
 
 
 _chosen = _Chosen()
-_loaded: dict[str, Callable[..., Any]] = {}
+# The loaded functions; no dict: dynamo would not see what is added to one while it traces.
+_loaded = SimpleNamespace()
 _said: set[tuple[str, str]] = set()
 
 
@@ -170,12 +172,17 @@ def _has_package(package: str) -> bool:
 
 @torch._dynamo.assume_constant_result
 def _ensure_loaded(target: str) -> bool:
-    if target not in _loaded:
+    if attribute_of(target) not in vars(_loaded):
         module, name = target.split(":")
-        _loaded[target] = getattr(importlib.import_module(module), name)
+        setattr(_loaded, attribute_of(target), getattr(importlib.import_module(module), name))
     return True
+
+
+def attribute_of(target: str) -> str:
+    """The name under which a loaded "module:function" is kept."""
+    return target.replace(".", "_").replace(":", "__")
 
 
 def _load(target: str) -> Any:
     _ensure_loaded(target)
-    return _loaded[target]
+    return getattr(_loaded, attribute_of(target))
