@@ -44,6 +44,21 @@ def test_packed(causal: bool, window: int | None) -> None:
     compare(qkv(1, 41), causal=causal, window=window, cu_seqlens=bounds, max_len=34)
 
 
+@pytest.mark.parametrize("window", [None, 70])
+def test_packed_in_bfloat16_equals_separate_documents(window: int | None) -> None:
+    lengths = [1, 0, 63, 64, 65, 130]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    arguments = [t.detach().bfloat16().requires_grad_() for t in qkv(1, sum(lengths))]
+    wide = [t.detach().double().requires_grad_() for t in arguments]
+    results = []
+    for tensors in (arguments, wide):
+        y = attention(*tensors, window=window, cu_seqlens=bounds, max_len=130)
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
+        results.append([y, *torch.autograd.grad(y, tensors, weight)])
+    for ours, true in zip(*results, strict=True):
+        assert rms(ours, true) < 1e-2
+
+
 def test_window_crosses_query_blocks() -> None:
     compare(qkv(1, 700, heads=1, kv=1), causal=True, window=300)
     compare(qkv(1, 700, heads=1, kv=1), causal=False, window=300)

@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.ops.chunks import token_map
 
 _QUERY_BLOCK = 256  # queries a mask covers
+_LENGTH_STEP = 64
 
 
 def attention(
@@ -129,8 +130,23 @@ def _documents(
     sizes = [b - a for a, b in pairwise(bounds)]
     # split once: slicing in the loop would give every document a gradient as long as the row
     pieces = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
-    out = [_dense(a, b, c, causal, window, scale, dropout) for a, b, c in pieces if a.shape[1]]
+    out = [_document(a, b, c, causal, window, scale, dropout) for a, b, c in pieces if a.shape[1]]
     return torch.cat(out, 1) if out else torch.zeros_like(q)
+
+
+def _document(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, dropout: float
+) -> Tensor:
+    """One document (1, t, H, P); in bfloat16 on a CPU padded to a length that others have too.
+
+    There oneDNN compiles kernels for every new length and keeps them: gigabytes, in a run over many documents.
+    """
+    length = q.shape[1]
+    missing = -length % _LENGTH_STEP if q.dtype == torch.bfloat16 and q.device.type == "cpu" else 0
+    if not missing or not causal:
+        return _dense(q, k, v, causal, window, scale, dropout)
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
+    return _dense(q, k, v, causal, window, scale, dropout)[:, :length]  # no token looks at the pads after it
 
 
 def _padded(
