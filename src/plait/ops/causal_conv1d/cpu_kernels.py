@@ -32,6 +32,8 @@ from plait.ops.numba_support import (
     store,
 )
 
+TILES = "89e122ad"
+"""Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 ROWS, CHANNELS = 128, 512
 AHEAD = 4  # rows: how far ahead memory is asked for
 _ONE = np.float32(1.0)

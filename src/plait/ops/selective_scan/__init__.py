@@ -5,6 +5,7 @@ S sequences, T tokens, n packed tokens, E channels, N states a channel, G groups
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_dims, check_packing, check_shape
@@ -13,9 +14,11 @@ from plait.ops.dispatch import Op, choose
 SELECTIVE_SCAN = Op(
     "selective_scan",
     {
+        "cpu": "plait.ops.selective_scan.cpu:selective_scan",
         "portable": "plait.ops.selective_scan.portable:selective_scan",
         "reference": "plait.ops.selective_scan.reference:selective_scan",
     },
+    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
 )
 
 
@@ -64,7 +67,7 @@ def selective_scan(
     check_shape(op, "D", D, "E", channels)
     check_shape(op, "dt_bias", dt_bias, "E", channels)
     check_shape(op, "initial_state", initial_state, "S, E, N", n_seq, channels, states)
-    return choose(SELECTIVE_SCAN, backend, x.device)(
+    return choose(SELECTIVE_SCAN, backend, x.device, x.dtype)(
         x,
         dt,
         A,

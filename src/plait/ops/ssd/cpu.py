@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from plait.ops.numba_support import flat, run
-from plait.ops.ssd import cpu_kernels, cpu_tiles
+from plait.ops.segments import segments
+from plait.ops.ssd import cpu_kernels
+from plait.ops.tiles import LANES
 
 BLOCK = 64
 """Q, tokens a block: one state a block is kept for backward"""
@@ -68,7 +70,7 @@ def _forward(
     final = x.new_empty(n_seq, heads, width, state, dtype=torch.float32)
     steps = x.new_empty(rows, length, heads, dtype=torch.float32)
     gates = torch.empty_like(steps)
-    segments, used = _segments(n_seq, length, cu_seqlens)
+    table, used = segments(n_seq, length, cu_seqlens, BLOCK)
     tile_rows, vectors = _tile(state)
     states = x.new_empty(_saved(rows, length, save), heads, _area(width, state), dtype=torch.float32)
     states[used:] = 0
@@ -81,7 +83,7 @@ def _forward(
         rows * length * heads * width * state // _LIGHT,
         ((0,) * vectors,) * tile_rows,
         (length, heads, width, B.shape[2], state, share, BLOCK, parts),
-        segments,
+        table,
         *inputs[:2],
         *_flat(dt.float()),
         *inputs[2:],
@@ -136,7 +138,7 @@ def _backward(
     dx, ddt = x.new_empty(x.shape, dtype=_written(x)), torch.empty_like(steps)
     dinitial = x.new_empty(n_seq, heads, width, state, dtype=torch.float32)
     sums = np.empty((n_seq, heads, width + 2))
-    segments, used = _segments(n_seq, length, cu_seqlens)
+    table, used = segments(n_seq, length, cu_seqlens, BLOCK)
     if used > states.shape[0]:
         raise RuntimeError("ssd: backward needs the states that forward was told not to keep")
     tile_rows, vectors = _tile(state)
@@ -150,7 +152,7 @@ def _backward(
         3 * rows * length * heads * width * state // _LIGHT,
         ((0,) * vectors,) * tile_rows,
         (length, heads, width, groups, state, share, BLOCK, groups * partial),
-        segments,
+        table,
         *inputs[:2],
         *_flat(dy.to(_written(x))),
         *inputs[2:],
@@ -206,21 +208,6 @@ def _n_seq(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _segments(n_seq: int, length: int, cu_seqlens: Tensor | None) -> tuple[np.ndarray, int]:
-    """(4, S): row, first token, length and number of the first saved state of each sequence; states in all."""
-    table = np.zeros((4, n_seq), np.int64)
-    if cu_seqlens is None:
-        table[0], table[2] = np.arange(n_seq), length
-    else:
-        bounds = cu_seqlens.numpy().astype(np.int64)
-        if bounds[0] != 0 or bounds[-1] != length or (np.diff(bounds) < 0).any():
-            raise ValueError(f"ssd: cu_seqlens must begin with 0, never fall and end with {length}: {bounds}")
-        table[1], table[2] = bounds[:-1], np.diff(bounds)
-    saved = np.maximum(table[2] - 1, 0) // BLOCK
-    table[3] = np.cumsum(saved) - saved
-    return table, int(saved.sum())
-
-
 def _saved(rows: int, length: int, save: bool) -> int:
     """A bound of the states to keep that does not depend on where the documents lie."""
     return rows * (length // BLOCK) if save else 0
@@ -236,7 +223,7 @@ def _tile(state: int) -> tuple[int, int]:
     """The tile that covers `state` with the least work: padded lanes, and some work a tile whatever its width."""
     best, least = (4, 1), -1
     for rows, vectors in _tiles():
-        lanes = vectors * cpu_tiles.LANES
+        lanes = vectors * LANES
         work = -(-state // lanes) * (lanes + 16)
         if least < 0 or work < least:
             best, least = (rows, vectors), work
@@ -246,7 +233,7 @@ def _tile(state: int) -> tuple[int, int]:
 def _area(width: int, state: int) -> int:
     """Elements of one head's padded state."""
     rows, vectors = _tile(state)
-    lanes = vectors * cpu_tiles.LANES
+    lanes = vectors * LANES
     return -(-width // rows) * rows * (-(-state // lanes) * lanes)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from plait.ops.ssd.cpu_tiles import (
+from plait.ops.tiles import (
     LANES,
     copy,
     get,
@@ -44,8 +44,8 @@ from plait.ops.ssd.cpu_tiles import (
     tile_store,
 )
 
-TILES = "9a64f079"
-"""Of `cpu_tiles.py`: a change there must change this file too, or Numba takes old kernels from its cache."""
+TILES = "89e122ad"
+"""Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 SHORT = 8
 """steps whose g_t S_{t-1} backward keeps at a time: they fit the first cache"""

@@ -1,9 +1,9 @@
-"""Register tiles for Numba: the intrinsics under the kernels of `cpu_kernels.py`.
+"""Register tiles for Numba: the intrinsics under the CPU kernels of sequence ops.
 
 A tile is some rows of some vectors of LANES float32 lanes, one value of the compiled code. Memory is a flat array of
 float32, or of uint16 that holds bfloat16. No index is checked or counted from the end.
 
-Numba's cache of a kernel does not see changes here: the stamp in `cpu_kernels.py` (and a test of it) is for that.
+Numba's cache of a kernel does not see changes here: the stamps in the kernels' files (and a test of them) are for that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+from plait.ops.numba_support import LANES, splat
+
 _FLOAT, _INT, _SHORT = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _BITS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 
@@ -52,23 +53,19 @@ def _store(builder: Any, value: Any, address: Any, float32: bool = True) -> None
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 4 if float32 else 2
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
-
-
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
     return builder.call(function, [a, b, c])
 
 
-def _unpack(builder: Any, tile: Any) -> list[Any]:
+def tile_unpack(builder: Any, tile: Any) -> list[Any]:
+    """The vectors of a tile, row by row."""
     return [builder.extract_value(tile, i) for i in range(tile.type.count)]
 
 
-def _pack(builder: Any, vectors: list[Any]) -> Any:
+def tile_pack(builder: Any, vectors: list[Any]) -> Any:
+    """The tile of these vectors."""
     tile = ir.Constant(ir.ArrayType(_VECTOR, len(vectors)), ir.Undefined)
     for i, vector in enumerate(vectors):
         tile = builder.insert_value(tile, vector, i)
@@ -78,7 +75,7 @@ def _pack(builder: Any, vectors: list[Any]) -> Any:
 def _scalars(context: Any, builder: Any, kind: Any, array: Any, index: Any, count: int) -> list[Any]:
     """array[index : index + count], each in all lanes."""
     base = _at(context, builder, kind, array, index)
-    return [_splat(builder, builder.load(builder.gep(base, [ir.Constant(_INT, i)]))) for i in range(count)]
+    return [splat(builder, builder.load(builder.gep(base, [ir.Constant(_INT, i)]))) for i in range(count)]
 
 
 @intrinsic
@@ -93,7 +90,7 @@ def tile_load(typing: Any, shape: Any, array: Any, index: Any, stride: Any) -> A
             for v in range(kind.vectors):
                 vectors.append(_load(builder, builder.gep(base, [ir.Constant(_INT, v * LANES)]), _VECTOR))
             start = builder.add(start, args[3])
-        return _pack(builder, vectors)
+        return tile_pack(builder, vectors)
 
     return kind(shape, array, types.intp, types.intp), generate
 
@@ -103,7 +100,7 @@ def tile_store(typing: Any, array: Any, index: Any, stride: Any, tile: Any) -> A
     """Write a tile, row r to array[index + r * stride]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors, start = iter(_unpack(builder, args[3])), args[1]
+        vectors, start = iter(tile_unpack(builder, args[3])), args[1]
         for _ in range(tile.rows):
             base = _at(context, builder, signature.args[0], args[0], start)
             for v in range(tile.vectors):
@@ -122,7 +119,7 @@ def row_load(typing: Any, shape: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base = _at(context, builder, signature.args[1], args[1], args[2])
         places = [builder.gep(base, [ir.Constant(_INT, v * LANES)]) for v in range(kind.vectors)]
-        return _pack(builder, [_load(builder, place, _VECTOR) for place in places])
+        return tile_pack(builder, [_load(builder, place, _VECTOR) for place in places])
 
     return kind(shape, array, types.intp), generate
 
@@ -132,8 +129,8 @@ def tile_scale(typing: Any, factor: Any, tile: Any) -> Any:
     """factor * tile."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = _splat(builder, args[0])
-        return _pack(builder, [builder.fmul(lanes, v) for v in _unpack(builder, args[1])])
+        lanes = splat(builder, args[0])
+        return tile_pack(builder, [builder.fmul(lanes, v) for v in tile_unpack(builder, args[1])])
 
     return tile(types.float32, tile), generate
 
@@ -143,11 +140,11 @@ def tile_outer(typing: Any, tile: Any, array: Any, index: Any, row: Any) -> Any:
     """tile_r + array[index + r] * row, for every row r."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors, across = _unpack(builder, args[0]), _unpack(builder, args[3])
+        vectors, across = tile_unpack(builder, args[0]), tile_unpack(builder, args[3])
         factors = _scalars(context, builder, signature.args[1], args[1], args[2], tile.rows)
         for i, vector in enumerate(vectors):
             vectors[i] = _fma(builder, factors[i // tile.vectors], across[i % tile.vectors], vector)
-        return _pack(builder, vectors)
+        return tile_pack(builder, vectors)
 
     return tile(tile, array, types.intp, row), generate
 
@@ -157,12 +154,12 @@ def tile_mix(typing: Any, row: Any, array: Any, index: Any, tile: Any) -> Any:
     """row + the sum over rows r of array[index + r] * tile_r."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        total, vectors = _unpack(builder, args[0]), _unpack(builder, args[3])
+        total, vectors = tile_unpack(builder, args[0]), tile_unpack(builder, args[3])
         factors = _scalars(context, builder, signature.args[1], args[1], args[2], tile.rows)
         for i, vector in enumerate(vectors):
             v = i % tile.vectors
             total[v] = _fma(builder, factors[i // tile.vectors], vector, total[v])
-        return _pack(builder, total)
+        return tile_pack(builder, total)
 
     return row(row, array, types.intp, tile), generate
 
@@ -175,7 +172,7 @@ def tile_dots(typing: Any, array: Any, index: Any, tile: Any, row: Any) -> Any:
         def shuffle(a: Any, b: Any, places: list[int]) -> Any:
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(places)), places))
 
-        vectors, across = _unpack(builder, args[2]), _unpack(builder, args[3])
+        vectors, across = tile_unpack(builder, args[2]), tile_unpack(builder, args[3])
         sums = []
         for r in range(tile.rows):
             total = builder.fmul(vectors[r * tile.vectors], across[0])
@@ -209,7 +206,7 @@ def tile_inner(typing: Any, array: Any, index: Any, a: Any, b: Any) -> Any:
     """array[index : index + LANES] += the inner product of two tiles, lane by lane."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, right = _unpack(builder, args[2]), _unpack(builder, args[3])
+        left, right = tile_unpack(builder, args[2]), tile_unpack(builder, args[3])
         chains = [builder.fmul(x, y) for x, y in zip(left[:2], right[:2], strict=True)]
         for i in range(2, len(left)):
             chains[i % 2] = _fma(builder, left[i], right[i], chains[i % 2])
@@ -255,7 +252,7 @@ def copy(typing: Any, into: Any, at: Any, array: Any, start: Any, count: Any, fa
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         target = _at(context, builder, signature.args[0], args[0], args[1])
         source = _at(context, builder, signature.args[2], args[2], args[3])
-        count, lanes = args[4], _splat(builder, args[5])
+        count, lanes = args[4], splat(builder, args[5])
         wide_in = ir.VectorType(source.type.pointee, LANES)
         one, many = ir.Constant(count.type, 1), ir.Constant(count.type, LANES)
         whole = builder.and_(count, ir.Constant(count.type, -LANES))

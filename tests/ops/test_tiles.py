@@ -1,0 +1,101 @@
+"""What lies under the CPU kernels: the arithmetic of tiles, and that kernels follow when it changes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import numpy as np
+import pytest
+
+from plait.ops import numba_support, tile_math, tiles
+from plait.ops.causal_conv1d import cpu_kernels as conv_kernels
+from plait.ops.gated_norm import cpu_kernels as norm_kernels
+from plait.ops.numba_support import exp2, first, load, sigmoid, store
+from plait.ops.selective_scan import cpu_kernels as scan_kernels
+from plait.ops.ssd import cpu_kernels as ssd_kernels
+from plait.ops.tile_math import (
+    row_read,
+    row_write,
+    rowwise,
+    tile_clip,
+    tile_column,
+    tile_exp2,
+    tile_reciprocal,
+)
+from plait.ops.tiles import tile_load, tile_store
+
+KERNELS = [conv_kernels, norm_kernels, scan_kernels, ssd_kernels]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.__name__.split(".")[-2])
+def test_kernels_are_compiled_again_when_what_is_under_them_changes(kernels: ModuleType) -> None:
+    """Numba's cache looks at the file of a kernel alone, so that file names what it was written for."""
+    files = (numba_support, tiles, tile_math)
+    stamp = hashlib.sha256(b"".join(Path(str(f.__file__)).read_bytes() for f in files)).hexdigest()[:8]
+    assert stamp == kernels.TILES, f"the tiles have changed: write {stamp} to TILES in {kernels.__file__}"
+
+
+@numba.njit
+def _apply(x, out):  # type: ignore[no-untyped-def]
+    for i in range(0, x.size, 16):
+        v = load(x, i, None)
+        store(out, i, exp2(v), None)
+        store(out, x.size + i, sigmoid(v), None)
+
+
+def test_exponentials_and_sigmoids_over_their_whole_range() -> None:
+    x = np.concatenate([np.linspace(-150, 127.4, 16 * 60), np.linspace(-1e-2, 1e-2, 16 * 4)]).astype(
+        np.float32
+    )
+    out = np.empty(2 * x.size, np.float32)
+    _apply(x, out)
+    wide = x.astype(np.float64)
+    normal = wide > -126
+    np.testing.assert_allclose(out[: x.size][normal], np.exp2(wide[normal]), rtol=2e-7)
+    assert (out[: x.size][~normal] <= 2.0**-125.9).all()
+    error = np.abs(out[x.size :] * (1 + np.exp(-wide)) - 1)
+    near = wide > -87  # further out it is denormal, then 0
+    assert (error[near] <= 3e-7 + 6e-8 * np.abs(wide[near])).all()  # e^-x is of a rounded x log2(e)
+    assert (out[x.size :][wide < -89] == 0).all()
+
+
+def test_powers_of_slow_decays_keep_their_precision() -> None:
+    """2^x as x goes to 0 is what a long memory multiplies thousands of times: its error must go to 0 with x."""
+    x = -np.logspace(-7, -1, 16 * 20).astype(np.float32)
+    out = np.empty(2 * x.size, np.float32)
+    _apply(x, out)
+    error = np.abs(out[: x.size].astype(np.float64) - np.exp2(x.astype(np.float64)))
+    assert (error <= 2.0**-25 + 1e-6 * np.abs(x)).all()
+
+
+@numba.njit(forceinline=True)
+def _row(r, total, x, scale, number):  # type: ignore[no-untyped-def]
+    x = x * scale + number
+    return x, total + x * np.float32(r)
+
+
+@numba.njit
+def _tile(shape, x, out):  # type: ignore[no-untyped-def]
+    tile = tile_load(shape, x, 0, 16)
+    row = row_read(x, 64, None)
+    made, total = rowwise(_row, row, tile, tile_column(shape, x, 80), np.float32(3))
+    tile_store(out, 0, 16, made)
+    row_write(out, 64, total, None)
+    row_write(out, 80, tile_reciprocal(tile_clip(row, np.float32(0.5), np.float32(2))), first(5))
+    row_write(out, 96, tile_exp2(row - row / (row * row)), None)
+
+
+def test_tiles_broadcast_and_rows_are_taken_in_order() -> None:
+    x = np.random.default_rng(0).uniform(0.1, 3, 96).astype(np.float32)
+    out = np.zeros(112, np.float32)
+    _tile(((0,),) * 4, x, out)
+    tile, row = x[:64].reshape(4, 16), x[64:80]
+    made = tile * x[80:84, None] + 3
+    np.testing.assert_allclose(out[:64].reshape(4, 16), made, rtol=1e-6)
+    np.testing.assert_allclose(out[64:80], row + (made * np.arange(4)[:, None]).sum(0), rtol=1e-6)
+    np.testing.assert_allclose(out[80:85], 1 / row.clip(0.5, 2)[:5], rtol=3e-7)
+    assert (out[85:96] == 0).all()
+    np.testing.assert_allclose(out[96:], np.exp2(row - 1 / row), rtol=1e-6)
