@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # read when Triton is first imported, so before any test is: without a GPU its kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ALLOWED_SKIPS = ("needs a GPU", "needs 2 GPUs", "needs MPS", "not on this platform")
 
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.config.table import mixer_class
 from plait.mixers.contract import Layout, Mixer, State
+from plait.mixers.smear import Smear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 CHUNK = 64  # the chunk of the portable ops: splits beside it are the ones that go wrong
@@ -23,7 +25,22 @@ CHUNK = 64  # the chunk of the portable ops: splits beside it are the ones that 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "attention": ("attention", {"n_head": 4, "n_kv_head": 2, "qk_norm": True}),
     "attention window": ("attention", {"n_head": 2, "window": 9, "rope_fraction": 0.5}),
+    "attention wide window": ("attention", {"n_head": 2, "window": 1000}),
     "attention multi-query": ("attention", {"n_head": 2, "n_kv_head": 1, "rope": False, "bias": True}),
+    "attention of nanochat": (
+        "attention",
+        {
+            "n_head": 4,
+            "n_kv_head": 2,
+            "window": 20,
+            "rope_reverse": True,
+            "rope_dtype": "bfloat16",
+            "qk_norm": True,
+            "qk_scale": 1.2,
+            "value_embedding": True,
+            "value_gate_channels": 5,
+        },
+    ),
     "mamba2": ("mamba2", {"headdim": 8, "d_state": 6}),
     "mamba2 groups": (
         "mamba2",
@@ -35,6 +52,12 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         "mamba",
         {"d_state": 4, "d_conv": 3, "expand": 1.5, "dt_rank": 3, "bias": True, "conv_bias": False},
     ),
+    "mamba separate": (
+        "mamba",
+        {"d_state": 3, "projections": "separate", "dt_rank": "full", "gate": "identity", "dt_bias_scale": 2},
+    ),
+    "mamba separate low rank": ("mamba", {"d_state": 4, "projections": "separate", "dt_rank": 2}),
+    "mamba full rank": ("mamba", {"d_state": 4, "dt_rank": "full", "expand": 1, "dt_bias_scale": 0.5}),
     "mamba3": ("mamba3", {"headdim": 8, "d_state": 6}),
     "mamba3 groups": (
         "mamba3",
@@ -76,7 +99,10 @@ TWO_WAY: dict[str, tuple[str, dict[str, object]]] = {
     "gru both ways": ("gru", {"bidirectional": True}),
     "rnn both ways": ("rnn", {"bidirectional": True}),
 }
+# Held to the same contract, but no kind of the table: what may stand around the blocks.
+BESIDES: dict[str, tuple[str, dict[str, object]]] = {"smear": ("smear", {"channels": 5})}
 WIDTH = 16
+VOCAB_ROWS = 61
 
 
 def rms(a: Tensor, b: Tensor) -> float:
@@ -126,12 +152,30 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
 
 def make_mixer(kind: str, options: dict[str, object], *, dtype: torch.dtype = torch.float64) -> Mixer:
     """A small redrawn mixer of width ``WIDTH``."""
-    cls = mixer_class(kind)
-    mixer = cls(
-        cls.options_class(**options), WIDTH, causal=bool(options.get("causal", True)), layer_index=0
-    ).to(dtype)
+    mixer = build_mixer(kind, options).to(dtype)
     redraw(mixer)
     return mixer.eval()
+
+
+def build_mixer(kind: str, options: dict[str, object]) -> Mixer:
+    """A small mixer as it begins; one that looks at token ids has a table of ``VOCAB_ROWS`` of them."""
+    if kind == "smear":
+        return Smear(WIDTH, **options)  # type: ignore[arg-type]
+    cls = mixer_class(kind)
+    more = {"vocab_rows": VOCAB_ROWS} if cls.reads_ids else {}
+    return cls(
+        cls.options_class(**options),
+        WIDTH,
+        causal=bool(options.get("causal", True)),
+        layer_index=0,
+        **more,
+    )
+
+
+def lay(layout: Layout, x: Tensor) -> Layout:
+    """The layout with ids: each token's is made of its vector, so that a token has the same in any layout."""
+    ids = (x[..., 0].detach().double() * 1000).floor().long() % VOCAB_ROWS
+    return replace(layout, ids=ids)
 
 
 def sequences(mixer: Mixer, lengths: Sequence[int], seed: int = 1) -> list[Tensor]:
@@ -143,7 +187,7 @@ def sequences(mixer: Mixer, lengths: Sequence[int], seed: int = 1) -> list[Tenso
 
 def alone(mixer: Mixer, x: Tensor, *, state: bool = False) -> tuple[Tensor, State | None]:
     """One sequence from its beginning, dense, in one call."""
-    layout = Layout.dense(1, x.shape[1])
+    layout = lay(Layout.dense(1, x.shape[1]), x)
     return mixer(x, layout, mixer.init_state(1, x.shape[1], dtype=x.dtype) if state else None)
 
 
@@ -159,7 +203,7 @@ def check_splits(
     done, outputs = [0, 0, 0], [[], [], []]
     for piece in first:
         x = torch.cat([x[:, d : d + n] for x, d, n in zip(xs, done, piece, strict=True)], 1)
-        layout = Layout.from_lengths(piece, start=torch.tensor(done), max_past=max(done))
+        layout = lay(Layout.from_lengths(piece, start=torch.tensor(done), max_past=max(done)), x)
         if in_place:
             y = mixer.step(x, layout, state)
         else:
@@ -186,13 +230,14 @@ def check_splits(
 def check_steps(mixer: Mixer, tolerance: float, length: int = CHUNK + 9) -> None:
     """Invariant 1, one token at a time, dense: the addresses of the state never change."""
     xs = torch.cat(sequences(mixer, [length] * 2))
-    whole, _ = mixer(xs, Layout.dense(2, length))
+    whole, _ = mixer(xs, lay(Layout.dense(2, length), xs))
     state = mixer.init_state(2, length, dtype=xs.dtype)
     addresses = [t.data_ptr() for t in state.values()]
     steps = []
     for t in range(length):
-        layout = Layout.dense(2, 1, start=torch.full((2,), t), max_past=t)
-        steps.append(mixer.step(xs[:, t : t + 1], layout, state))
+        x = xs[:, t : t + 1]
+        layout = lay(Layout.dense(2, 1, start=torch.full((2,), t), max_past=t), x)
+        steps.append(mixer.step(x, layout, state))
     assert addresses == [t.data_ptr() for t in state.values()], "step moved the state"
     close(torch.cat(steps, 1), whole, tolerance, "token by token")
 
@@ -201,7 +246,8 @@ def check_packed(mixer: Mixer, tolerance: float, lengths: Sequence[int] = (5, 0,
     """Invariant 2 without states: packed documents equal separate ones, outputs and gradients."""
     xs = [x.requires_grad_() for x in sequences(mixer, lengths)]
     parameters = list(mixer.parameters())
-    packed, _ = mixer(torch.cat(xs, 1), Layout.from_lengths(lengths))
+    row = torch.cat(xs, 1)
+    packed, _ = mixer(row, lay(Layout.from_lengths(lengths), row))
     apart = torch.cat([alone(mixer, x)[0] for x in xs if x.shape[1]], 1)
     close(packed, apart, tolerance, "packed documents")
     weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -223,7 +269,7 @@ def check_packed_states(mixer: Mixer, tolerance: float) -> None:
     given = []
     for x, more in zip(before, lengths, strict=True):
         state = mixer.init_state(1, x.shape[1] + more + 1, dtype=x.dtype)
-        given.append(mixer(x, Layout.dense(1, x.shape[1]), state)[1].detach())
+        given.append(mixer(x, lay(Layout.dense(1, x.shape[1]), x), state)[1].detach())
     capacity = max(p + n for p, n in zip(past, lengths, strict=True)) + 1
     joint = mixer.init_state(4, capacity, dtype=before[0].dtype)
     for row, one in enumerate(
@@ -232,13 +278,14 @@ def check_packed_states(mixer: Mixer, tolerance: float) -> None:
         for name, tensor in one.items():
             joint[name][row, : tensor.shape[1]] = tensor[0]
     joint = State({name: tensor.requires_grad_() for name, tensor in joint.items()})
-    y, new = mixer(torch.cat(xs, 1), Layout.from_lengths(lengths, start=start, max_past=max(past)), joint)
+    x = torch.cat(xs, 1)
+    y, new = mixer(x, lay(Layout.from_lengths(lengths, start=start, max_past=max(past)), x), joint)
     assert new is not None
     apart, ends = [], []
     for row, x in enumerate(xs):
         state = joint.select([row])
         layout = Layout.dense(1, x.shape[1], start=start[row : row + 1], max_past=past[row])
-        out, end = mixer(x, layout, state)
+        out, end = mixer(x, lay(layout, x), state)
         assert end is not None
         apart.append(out)
         ends.append(end)
@@ -274,7 +321,7 @@ def check_causal(mixer: Mixer) -> None:
 def check_batch(mixer: Mixer, tolerance: float) -> None:
     """Invariant 4: the rest of the batch changes nothing."""
     xs = torch.cat(sequences(mixer, [50] * 3))
-    together, _ = mixer(xs, Layout.dense(3, 50))
+    together, _ = mixer(xs, lay(Layout.dense(3, 50), xs))
     for row in range(3):
         close(together[row : row + 1], alone(mixer, xs[row : row + 1])[0], tolerance, f"row {row} in a batch")
 
@@ -283,9 +330,9 @@ def check_fork(mixer: Mixer) -> None:
     """Invariant 9: a restored clone gives the same numbers, bit for bit."""
     xs = torch.cat(sequences(mixer, [30] * 2))
     state = mixer.init_state(2, 30, dtype=xs.dtype)
-    mixer.step(xs[:, :20], Layout.dense(2, 20), state)
+    mixer.step(xs[:, :20], lay(Layout.dense(2, 20), xs[:, :20]), state)
     fork = state.clone()
-    after = Layout.dense(2, 10, start=torch.full((2,), 20), max_past=20)
+    after = lay(Layout.dense(2, 10, start=torch.full((2,), 20), max_past=20), xs[:, 20:])
     a = mixer.step(xs[:, 20:], after, state)
     assert not all(torch.equal(state[n], fork[n]) for n in state), "step left the state as it was"
     b = mixer.step(xs[:, 20:], after, fork)
@@ -296,17 +343,18 @@ def check_edges(mixer: Mixer) -> None:
     """Invariant 10: no tokens, no sequences, one token."""
     for n_seq, length in ((2, 0), (0, 3), (0, 0), (1, 1)):
         x = torch.zeros(n_seq, length, mixer.d_in, dtype=next(mixer.parameters()).dtype)
-        y, _ = mixer(x, Layout.dense(n_seq, length))
+        layout = lay(Layout.dense(n_seq, length), x)
+        y, _ = mixer(x, layout)
         assert y.shape == (n_seq, length, mixer.d_out)
         if mixer.stateful:
             state = mixer.init_state(n_seq, 4, dtype=x.dtype)
-            y, new = mixer(x, Layout.dense(n_seq, length), state)
+            y, new = mixer(x, layout, state)
             assert y.shape == (n_seq, length, mixer.d_out) and new is not None
             for name, tensor in state.items():
                 assert new[name].shape == tensor.shape and new[name].dtype == tensor.dtype
                 assert length or torch.equal(new[name], tensor)
     empty = torch.zeros(1, 0, mixer.d_in, dtype=next(mixer.parameters()).dtype)
-    assert mixer(empty, Layout.from_lengths([0, 0]))[0].shape == (1, 0, mixer.d_out)
+    assert mixer(empty, lay(Layout.from_lengths([0, 0]), empty))[0].shape == (1, 0, mixer.d_out)
 
 
 def check_gradient_through_states(mixer: Mixer, tolerance: float) -> None:
@@ -316,7 +364,8 @@ def check_gradient_through_states(mixer: Mixer, tolerance: float) -> None:
     whole = torch.autograd.grad(alone(mixer, x)[0].square().sum(), parameters)
     state, outputs, cuts = mixer.init_state(1, x.shape[1], dtype=x.dtype), [], (0, 21, CHUNK, x.shape[1])
     for a, b in pairwise(cuts):
-        y, state = mixer(x[:, a:b], Layout.dense(1, b - a, start=torch.tensor([a]), max_past=a), state)
+        layout = lay(Layout.dense(1, b - a, start=torch.tensor([a]), max_past=a), x[:, a:b])
+        y, state = mixer(x[:, a:b], layout, state)
         outputs.append(y)
     chained = torch.autograd.grad(torch.cat(outputs, 1).square().sum(), parameters)
     for ours, true in zip(chained, whole, strict=True):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.config.errors import ConfigError, nearest
 from plait.config.load import load_config
+from plait.config.originals import translate
 from plait.config.recipes import preset_names, recipe_names
 from plait.config.schema import Config, ModelConfig
 
@@ -100,7 +101,7 @@ def describe(config: Description, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(
             f"a model is described by a config, a mapping, a name or a file; got a {type(config).__name__}"
         )
-    values = dict(config)
+    values = translate(config)
     if not set(values) & set(Config.model_fields):
         values = {"model": values}  # the keys of a model and of a run have no name in common
     if changes:

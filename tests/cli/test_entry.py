@@ -22,7 +22,7 @@ HELP_OF_ALL = """
 import contextlib, io, json, sys
 from plait.cli import main
 from plait.cli.table import COMMANDS
-GROUPS = {"tokenizer": ["train"], "data": ["prepare"], "config": ["show", "validate", "list"]}
+GROUPS = {"tokenizer": ["train"], "data": ["prepare", "pack"], "config": ["show", "validate", "schedule", "list"]}
 lines = [["--help"], ["--version"], []]
 for name in COMMANDS:
     lines += [[name, "--help"], *([name, inner, "--help"] for inner in GROUPS.get(name, []))]

@@ -1,4 +1,4 @@
-"""`plait tokenizer train` and `plait data prepare`."""
+"""`plait tokenizer train`, `plait data prepare` and `plait data pack`."""
 
 from __future__ import annotations
 
@@ -89,3 +89,51 @@ def test_what_cannot_be_done_leaves_nothing(plait: Run, corpus: Path, words: lis
     ran = plait(*words)
     assert ran.status == 1 and ran.out == "" and said in ran.error
     assert sorted(Path().rglob("*")) == before
+
+
+def test_pack_and_train_on_it(plait: Run, tmp_path: Path) -> None:
+    """Two folders, no document in both; the command that is named next takes them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number:02}.txt").write_text(f"the text with the number {number} " * 5)
+    ran = plait(
+        "data", "pack", texts, "--out", "packed", "--validation-fraction", "0.3", "--shard-size", "0.001"
+    )
+    assert ran.status == 0, ran
+    documents = {
+        side: [
+            text
+            for path in sorted((Path("packed") / side).glob("shard_*.bin"))
+            for text in path.read_bytes().split(b"\0")[:-1]
+        ]
+        for side in ("train", "validation")
+    }
+    assert sorted(documents["train"] + documents["validation"]) == sorted(
+        p.read_bytes() for p in texts.iterdir()
+    )
+    assert not set(documents["train"]) & set(documents["validation"]) and len(documents["validation"]) > 1
+    assert len(list(Path("packed/train").iterdir())) > 1
+    words = ran.out.split("plait train CONFIG ")[1].split()
+    assert words == [
+        "--data.train=packed/train",
+        "--data.validation=packed/validation",
+        "--data.format=bytes",
+        "--data.separator=0",
+    ]
+    prepared = plait("data", "prepare", "tiny", *words, "--data.cache=shards")
+    counts = [
+        line.split()[1] for line in prepared.out.splitlines() if line.strip().startswith(("train ", "valid"))
+    ]
+    assert counts[:2] == [str(len(documents["train"])), str(len(documents["validation"]))]
+
+
+def test_what_cannot_be_packed_leaves_nothing(plait: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a,b")
+    ran = plait("data", "pack", tmp_path / "a.txt", "--out", "packed", "--separator", ord(","))
+    assert ran.status == 1 and "a.txt holds the byte 44" in ran.error and not Path("packed").exists()
+    (tmp_path / "b.jsonl").write_text('{"text": "one document, and none to hold out"}\n')
+    ran = plait("data", "pack", tmp_path / "b.jsonl", "--out", "packed", "--validation-fraction", "1e-9")
+    assert ran.status == 1 and "no text to pack" in ran.error and not Path("packed").exists()
+    Path("packed").mkdir()
+    assert "is there already" in plait("data", "pack", tmp_path / "a.txt", "--out", "packed").error

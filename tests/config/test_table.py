@@ -72,7 +72,7 @@ def test_an_option_with_the_name_of_a_block_option_is_refused() -> None:
 
 
 def test_the_reserved_names_are_those_of_the_schema() -> None:
-    assert {*ModelConfig.model_fields, "block_pattern"} == table.MODEL_KEYS
+    assert {*ModelConfig.model_fields, "block_pattern", "init_std"} == table.MODEL_KEYS
     assert set(BlockConfig.model_fields) == table.BLOCK_KEYS
 
 

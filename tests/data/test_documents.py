@@ -13,10 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from plait.config.data import DataConfig
 from plait.config.errors import DataError
-from plait.data import documents, held_out, read_documents
+from plait.data import documents, held_out, open_data, read_documents
 from plait.data.sources import resolve_sources
 from plait.data.stdlib import HELD_OUT_FRACTION, stdlib_files
+from plait.tokenizers.bytes import BytesTokenizer
 
 
 def texts(*args, **kwargs) -> list[tuple[str, str | bytes]]:
@@ -94,6 +96,23 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1junk")
     with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
         texts(str(tmp_path))
+
+
+def test_the_last_parquet_file_is_held_out_and_each_document_begins_with_its_token(tmp_path: Path) -> None:
+    """nanochat's data: files in the order of their names, one column of text."""
+    for number in range(3):
+        table = pyarrow.table({"text": [f"doc {number}.{row}" for row in range(4)]})
+        pyarrow.parquet.write_table(table, tmp_path / f"shard_{number:05d}.parquet", row_group_size=2)
+    config = DataConfig(
+        train=str(tmp_path), format="parquet", validation_split="last_file", cache=str(tmp_path / ".cache")
+    )
+    tokenizer = BytesTokenizer()
+    train, validation = open_data(config, tokenizer)
+    assert validation is not None and (train.n_documents, validation.n_documents) == (8, 4)
+    for shards, first in ((train, b"doc 0.0"), (validation, b"doc 2.0")):
+        assert shards.document(0).tolist() == [tokenizer.bos_id, *first]
+    texts = [bytes(validation.document(n)[1:].tolist()) for n in range(4)]
+    assert texts == [f"doc 2.{row}".encode() for row in range(4)]
 
 
 def test_absent_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch) -> None:

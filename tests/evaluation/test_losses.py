@@ -73,6 +73,15 @@ def test_carried_chunks_equal_each_document_alone(name: str, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_the_smear_and_value_embeddings_are_carried_too() -> None:
+    model = make_model(
+        ["attention of nanochat", "mamba2"], embedding={"smear": True, "smear_channels": 5}, backout=True
+    )
+    ours = token_losses(model, DOCUMENTS, start=START, batch_tokens=32)
+    compare(ours, [alone(model, text) for text in DOCUMENTS])
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["lstm", "hybrid"])
 @pytest.mark.parametrize("broken", ["_reset", "advance", "select"])
 def test_the_comparison_can_fail(name: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:

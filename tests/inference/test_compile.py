@@ -12,8 +12,8 @@ from plait.inference.decoding import decode, prefill
 from tests.inference.helpers import make_model, tokens
 
 
-@pytest.mark.parametrize("name", ["attention", "mamba2", "gru"])
-def test_decoding_compiles_nothing_after_the_first_tokens(name: str) -> None:
+@pytest.mark.parametrize("name", ["attention", "mamba2", "gru", ["attention of nanochat"]], ids=str)
+def test_decoding_compiles_nothing_after_the_first_tokens(name: str | list[str]) -> None:
     torch._dynamo.reset()
     graphs: list[fx.GraphModule] = []
 

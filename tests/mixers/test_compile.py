@@ -10,18 +10,21 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from plait.mixers.contract import Layout
 from plait.ops import dispatch
-from tests.invariants import TOLERANCE, VARIANTS, close, make_mixer, sequences
+from tests.invariants import BESIDES, TOLERANCE, VARIANTS, close, lay, make_mixer, sequences
 
 LENGTH = 48
 
 
-@pytest.mark.parametrize("name", ["attention", "mamba", "mamba2", "mamba3", "s4d"])
+NAMES = ["attention", "attention of nanochat", "mamba", "mamba2", "mamba3", "s4d", "smear"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mixer_is_one_graph_for_many_packings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dispatch, "_loaded", SimpleNamespace()
     )  # as in a new process: ops load while it traces
     torch._dynamo.reset()
-    mixer = make_mixer(*VARIANTS[name], dtype=torch.float32)
+    mixer = make_mixer(*{**VARIANTS, **BESIDES}[name], dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(mixer, backend=counter, fullgraph=True)
     (x,) = sequences(mixer, [LENGTH])
@@ -30,7 +33,7 @@ def test_a_mixer_is_one_graph_for_many_packings(name: str, monkeypatch: pytest.M
             g = torch.Generator().manual_seed(seed)
             cuts = torch.randint(0, LENGTH + 1, (7,), generator=g).sort().values
             bounds = torch.cat([torch.tensor([0]), cuts, torch.tensor([LENGTH])])
-            layout = Layout.packed(bounds, LENGTH, LENGTH)
+            layout = lay(Layout.packed(bounds, LENGTH, LENGTH), x)
             gradients = []
             for run in (traced, mixer):
                 y, _ = run(x, layout)

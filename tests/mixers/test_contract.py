@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from plait.config.errors import BuildError
-from plait.config.table import kinds, mixer_class
+from plait.config.table import kinds
 from plait.mixers.contract import Layout
 from plait.nn.roles import parameter_roles
 from tests.invariants import (
+    BESIDES,
     TOLERANCE,
     TWO_WAY,
     VARIANTS,
-    WIDTH,
+    build_mixer,
     check_batch,
     check_causal,
     check_edges,
@@ -23,17 +24,18 @@ from tests.invariants import (
     check_packed_states,
     check_splits,
     check_steps,
+    lay,
     make_mixer,
     sequences,
 )
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-causal = pytest.mark.parametrize("name", VARIANTS)
-every = pytest.mark.parametrize("name", {**VARIANTS, **TWO_WAY})
+causal = pytest.mark.parametrize("name", {**VARIANTS, **BESIDES})
+every = pytest.mark.parametrize("name", {**VARIANTS, **TWO_WAY, **BESIDES})
 
 
 def build(name: str, dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]
-    kind, options = {**VARIANTS, **TWO_WAY}[name]
+    kind, options = {**VARIANTS, **TWO_WAY, **BESIDES}[name]
     return make_mixer(kind, options, dtype=dtype)
 
 
@@ -129,7 +131,7 @@ def test_autocast_leaves_states_alone(name: str) -> None:
     (x,) = sequences(mixer, [20])
     state = mixer.init_state(1, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, new = mixer(x, Layout.dense(1, 20), state)
+        _, new = mixer(x, lay(Layout.dense(1, 20), x), state)
     assert new is not None
     assert {n: t.dtype for n, t in new.items()} == {n: t.dtype for n, t in state.items()}
 
@@ -147,10 +149,8 @@ def test_flops_count_every_linear_map(name: str) -> None:
 def test_meta_build_and_initialisation_write_every_element(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, options = {**VARIANTS, **TWO_WAY}[name]
-    cls = mixer_class(kind)
     with torch.device("meta"):
-        mixer = cls(cls.options_class(**options), WIDTH, causal=True, layer_index=0)
+        mixer = build_mixer(*{**VARIANTS, **TWO_WAY, **BESIDES}[name])
     mixer.to_empty(device="cpu")
     with torch.no_grad():
         for p in mixer.parameters():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plait.config.errors import CapacityError
 from plait.config.schema import ModelConfig
+from plait.mixers.smear import Smear
 from plait.models import Cache, Model
 from tests.invariants import CHUNK, VARIANTS, close, redraw, rms
 
@@ -18,6 +19,19 @@ PATTERNS = {
     **{name: [name] for name in VARIANTS},
     "hybrid": MIXED,
     "hybrid that ends in a recurrence": ["attention", "gru", "mamba2"],
+    "hybrid with smear and backout": [
+        "attention of nanochat",
+        "mamba2",
+        "attention",
+        "attention of nanochat",
+    ],
+}
+MORE: dict[str, dict[str, object]] = {
+    "hybrid with smear and backout": {
+        "embedding": {"smear": True, "smear_channels": 5, "norm": "rms"},
+        "residual": {"kind": "scaled", "embedded": True},
+        "backout": True,
+    }
 }
 patterns = pytest.mark.parametrize("name", PATTERNS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -33,7 +47,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **more: object) ->
     """A small redrawn model with MLPs in every second block, scaled residuals and a padded vocabulary."""
     pattern = [{**entry(v), "mlp": "swiglu" if i % 2 else "none"} for i, v in enumerate(PATTERNS[name])]
     config = ModelConfig.model_validate(
-        {"d_model": 16, "pattern": pattern, "vocab_size": VOCAB, "pad_vocab_size_multiple": 8, **more}
+        {"d_model": 16, "pattern": pattern, "vocab_size": VOCAB, "pad_vocab_size_multiple": 8}
+        | MORE.get(name, {})
+        | more
     )
     model = Model(config, dtype=dtype)
     redraw(model)
@@ -180,11 +196,15 @@ def test_every_mixer_and_state_matters(name: str) -> None:
     model, ids = make_model(name), tokens(2, 80)
     far = 100 * TOLERANCE[torch.float32]
     whole = model(ids).logits
-    for block in model.blocks:
-        hook = block.mixer.register_forward_hook(lambda _m, _i, out: (torch.zeros_like(out[0]), out[1]))
+    for mixer in model.mixers:
+        # a mixer gives nothing; the smear, which has no residual of its own, gives back what it was given
+        keeps = isinstance(mixer, Smear)
+        hook = mixer.register_forward_hook(
+            lambda _m, given, out, keeps=keeps: (given[0] if keeps else torch.zeros_like(out[0]), out[1])
+        )
         moved = rms(model(ids).logits, whole)
         hook.remove()
-        assert moved > far, f"{block.kind} does not matter: {moved:.1e}"
+        assert moved > far, f"{type(mixer).__name__} does not matter: {moved:.1e}"
     cache = model.new_cache(2, 80)
     model.step(ids[:, :70], cache)
     for index, state in enumerate(cache.states):
@@ -192,9 +212,8 @@ def test_every_mixer_and_state_matters(name: str) -> None:
             poorer = cache.clone()
             poorer.states[index][tensor].zero_()
             moved = rms(model.step(ids[:, 70:], poorer), whole[:, 70:])
-            assert moved > far, (
-                f"{tensor} of layer {index} ({model.blocks[index].kind}) does not matter: {moved:.1e}"
-            )
+            kind = type(model.mixers[index]).__name__
+            assert moved > far, f"{tensor} of layer {index} ({kind}) does not matter: {moved:.1e}"
 
 
 @patterns

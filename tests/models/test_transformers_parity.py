@@ -5,7 +5,6 @@ transformers is needed by this test alone; nothing is downloaded.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,29 +23,21 @@ from transformers import (
 )
 
 from plait.config.schema import ModelConfig
+from plait.formats.huggingface import bert, gpt2
+from plait.formats.huggingface.names import Names, one_of, renamed
+from plait.formats.native import fill_weights
 from plait.models.model import Model
 from tests.invariants import redraw, rms
 
 TOLERANCE = 1e-4
 VOCAB, LENGTH = 90, 40  # the vocabulary is no multiple of what the presets pad to
-BLOCK = r"(?:backbone\.layers|transformer\.h|bert\.encoder\.layer)\.(\d+)\."
-# Their name of a weight, as a pattern, and ours; the first match counts. What gets the same name is joined.
-NAMES: tuple[tuple[str, str], ...] = (
-    (r"backbone\.embeddings\.|transformer\.wte\.|bert\.embeddings\.word_embeddings\.", "embedding.tokens."),
-    (r"transformer\.wpe\.|bert\.embeddings\.position_embeddings\.", "embedding.positions."),
-    (r"bert\.embeddings\.token_type_embeddings\.", "embedding.types."),
-    (r"bert\.embeddings\.LayerNorm\.", "embedding.norm."),
-    (BLOCK + r"(?:norm|ln_1|attention\.output\.LayerNorm)\.", r"blocks.\1.norm1."),
-    (BLOCK + r"(?:ln_2|output\.LayerNorm)\.", r"blocks.\1.norm2."),
-    (BLOCK + r"(?:attn\.c_attn|attention\.self\.(?:query|key|value))\.", r"blocks.\1.mixer.in_proj."),
-    (BLOCK + r"(?:attn\.c_proj|attention\.output\.dense)\.", r"blocks.\1.mixer.out_proj."),
-    (BLOCK + r"(?:mlp\.c_fc|intermediate\.dense)\.", r"blocks.\1.mlp.fc1."),
-    (BLOCK + r"(?:mlp\.c_proj|output\.dense)\.", r"blocks.\1.mlp.fc2."),
-    (BLOCK + r"mixer\.", r"blocks.\1.mixer."),
-    (r"(?:backbone\.norm_f|transformer\.ln_f)\.", "final_norm."),
-    (r"cls\.predictions\.transform\.dense\.", "head.transform."),
-    (r"cls\.predictions\.transform\.LayerNorm\.", "head.norm."),
-    (r"(?:lm_head|cls\.predictions\.decoder)\.", "head.unembedding."),
+LAYER = r"backbone\.layers\.(\d+)\."
+MAMBA: Names = (
+    (r"backbone\.embeddings\.", "embedding.tokens."),
+    (LAYER + r"norm\.", r"blocks.\1.norm1."),
+    (LAYER + r"mixer\.", r"blocks.\1.mixer."),
+    (r"backbone\.norm_f\.", "final_norm."),
+    (r"lm_head\.", "head.unembedding."),
 )
 
 
@@ -55,17 +46,18 @@ class Pair(NamedTuple):
     theirs: nn.Module
 
 
-def translate(model: nn.Module, rows: int) -> dict[str, Tensor]:
+def translate(family: str, model: nn.Module, tied: bool, rows: int) -> dict[str, Tensor]:
     """Their weights under our names, the vocabulary padded to ``rows`` with numbers that must not matter."""
-    found: dict[str, list[Tensor]] = {}
-    for name, weight in model.state_dict().items():
-        if name == "cls.predictions.bias":  # the decoder's, once more
-            continue
-        if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):  # GPT-2 keeps them transposed
-            weight = weight.T
-        pattern, ours = next((p, o) for p, o in NAMES if re.match(p, name))
-        found.setdefault(re.sub(rf"^(?:{pattern})", ours, name), []).append(weight)
-    weights = {name: torch.cat(parts) for name, parts in found.items()}  # query, key, value in this order
+    theirs = model.state_dict()
+    match family:
+        case "gpt2":
+            weights = gpt2.weights(theirs, tied=tied)
+        case "bert":
+            weights = bert.weights(theirs, tied=tied)
+        case _:
+            if tied:
+                theirs = one_of(theirs, "backbone.embeddings.weight", "lm_head.weight", family)
+            weights = renamed(theirs, MAMBA, family)
     for name in ("embedding.tokens.weight", "head.unembedding.weight", "head.unembedding.bias"):
         if name in weights:
             weight = weights[name]
@@ -107,7 +99,8 @@ def build(family: str) -> Pair:
     model = Model(ModelConfig(**ours)).eval()
     other = make(model.config.head.tie).eval()
     redraw(other)
-    model.load_state_dict(translate(other, model.embedding.tokens.weight.shape[0]))
+    tied = model.config.head.tie
+    fill_weights(model, translate(family, other, tied, model.embedding.tokens.weight.shape[0]), family)
     return Pair(model, other)
 
 

@@ -54,7 +54,10 @@ def test_choose_loads_the_function() -> None:
         (BOTH, "fast", "allowed: gpu, cpu, portable, reference, auto"),
     ],
 )
-def test_a_backend_asked_for_that_cannot_run_raises_with_the_reason(op: Op, name: str, reason: str) -> None:
+def test_a_backend_asked_for_that_cannot_run_raises_with_the_reason(
+    op: Op, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match=reason):
         choose_name(op, name, "cpu")
 
@@ -71,6 +74,33 @@ def test_a_missing_package_is_a_reason_and_is_logged_once(
     ]
     with pytest.raises(BackendError, match="'numba' is not installed"):
         choose_name(KERNELS, "cpu", "cpu")
+
+
+def test_the_interpreter_runs_gpu_kernels_on_a_cpu_only_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_name(KERNELS, "gpu", "cpu") == "gpu"
+    assert choose_name(KERNELS, None, "cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("available", "capability", "reason"),
+    [
+        (False, (0, 0), "torch sees no GPU"),
+        (True, (7, 5), "the kernels need compute capability 8.0, this GPU has 7.5"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_a_reason(
+    available: bool, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(BackendError, match=reason):
+        choose_name(KERNELS, "gpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert choose_name(KERNELS, "gpu", "cuda") == choose_name(KERNELS, None, "cuda") == "gpu"
 
 
 def test_no_backend_at_all_raises() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,21 @@ from tests.training import runs
 # No dropout: each process has random numbers of its own. Five rows in pieces of one: three pieces on one process,
 # two and an empty one on the other. An embedding that is tied, and a scalar-free model, for FSDP.
 COMMON = {"model": {"dropout": 0.0, "pattern": "attention lstm"}, "micro_batch_tokens": 32, "steps": 6}
-KINDS = {
+# Muon needs whole matrices, and its second moments are whole on every process.
+MUON = {
+    "optimizer": "muon",
+    "muon": {"parts": True, "precision": "fp32", "beta2": 0.9, "cautious": True, "equal_rows": True},
+    "weight_decay": 0.5,
+}
+KINDS: dict[str, dict[str, Any]] = {
     "replicate": {"parallel": "replicate"},
     "shard": {"parallel": "shard", "sample_every": 3, "sample_tokens": 4},
+    "shard_muon": {"parallel": "shard", **MUON},
+}
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "replicate": ("one", {}),
+    "shard": ("one", {}),
+    "shard_muon": ("one_muon", MUON),
 }
 
 # One start for everything: importing torch twice is most of the time.
@@ -67,9 +80,10 @@ else:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same run by one process and by two, replicated and sharded."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name in ("one", "full", *KINDS):
+    for name in ("one", "one_muon", "full", *KINDS):
         runs.corpus(folder / name)
     runs.run(folder / "one", **COMMON, checkpoint_every=3, eval_every=3)
+    runs.run(folder / "one_muon", **COMMON, **MUON, checkpoint_every=3, eval_every=3)
     ports = [str(runs.free_port()) for _ in range(len(KINDS) + 2)]
     processes = [
         runs.spawn(
@@ -91,11 +105,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_two_processes_have_the_losses_of_one(folder: Path, name: str) -> None:
-    one, two = (runs.losses(folder / which / "run") for which in ("one", name))
+    alone, _ = ALONE[name]
+    one, two = (runs.losses(folder / which / "run") for which in (alone, name))
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6]
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-6), step
-    evaluations = [runs.evaluations(folder / which / "run") for which in ("one", name)]
+    evaluations = [runs.evaluations(folder / which / "run") for which in (alone, name)]
     assert list(evaluations[0]) == [3, 6]
     for step, bits in evaluations[0].items():
         assert evaluations[1][step] == pytest.approx(bits, rel=1e-6)
@@ -104,9 +119,10 @@ def test_two_processes_have_the_losses_of_one(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_one_process_goes_on_from_two(folder: Path, tmp_path: Path, name: str) -> None:
     checkpoint = folder / name / "run" / "checkpoints" / "step-00000003"
-    config = runs.load_config(runs.values(folder / "one", **COMMON, out=str(tmp_path / "run")))
+    alone, options = ALONE[name]
+    config = runs.load_config(runs.values(folder / alone, **COMMON, **options, out=str(tmp_path / "run")))
     assert train(config, resume=checkpoint, quiet=True).step == 6
-    one, rest = runs.losses(folder / "one" / "run"), runs.losses(tmp_path / "run")
+    one, rest = runs.losses(folder / alone / "run"), runs.losses(tmp_path / "run")
     assert list(rest) == [4, 5, 6]
     for step, loss in rest.items():
         assert loss == pytest.approx(one[step], rel=1e-6), step

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from plait.config.errors import ConfigError, TrainingError
 from plait.config.load import load_config
 from plait.config.table import kinds
 from plait.config.training import TrainingConfig
@@ -103,10 +104,12 @@ def test_the_groups_of_all_else() -> None:
     others = {n: g for n, g in groups.items() if ".mixer." not in n}
     matrices = {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "head.transform.weight"}
     tables = {"tokens", "positions", "types"}
-    embeddings = {f"embedding.{table}.weight" for table in tables} | {"head.unembedding.weight"}
+    embeddings = {f"embedding.{table}.weight" for table in tables}
     assert {n for n, g in others.items() if g == "muon"} == matrices
     assert {n for n, g in others.items() if g == "embedding"} == embeddings
-    assert {n for n, g in others.items() if g == "vector"} == set(others) - matrices - embeddings
+    assert {n for n, g in others.items() if g == "unembedding"} == {"head.unembedding.weight"}
+    rest = set(others) - matrices - embeddings - {"head.unembedding.weight"}
+    assert {n for n, g in others.items() if g == "vector"} == rest
     assert {"blocks.0.input_mix.scale", "blocks.0.mlp.fc1.bias", "embedding.norm.bias"} < set(others)
 
 
@@ -161,6 +164,99 @@ def test_the_state_is_by_name_and_zero_before_the_first_step() -> None:
     assert set(unasked.state()) == names
     assert all(torch.equal(value, unasked.state()[name]) for name, value in asked.state().items())
     assert all(map(torch.equal, early.parameters(), late.parameters()))
+
+
+def peaks(model: Model, **training: Any) -> dict[str, tuple[float, float, bool]]:
+    """Parameter name to peak rate, decay and whether by Muon, as the optimizers themselves have them."""
+    optimizer = Optimizer(model, TrainingConfig.model_validate(training))
+    names = {id(parameter): name for name, parameter in optimizer.named.items()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"], type(part).__name__ == "Muon")
+        for part in optimizer.parts
+        for group in part.param_groups
+        for p in group["params"]
+    }
+
+
+def test_each_role_has_its_rate() -> None:
+    model = build("mamba2 T", head={"tie": False}, mlp="none")
+    rates = {"lr": 1e-3, "muon_lr": 2e-2, "embedding_lr": 0.3, "unembedding_lr": 4e-3, "weight_decay": 0.1}
+    found = peaks(model, optimizer="muon", muon={"weight_decay": 0.2}, **rates)
+    assert found["blocks.1.mixer.in_proj.weight"] == (2e-2, 0.2, True)
+    assert found["blocks.0.mixer.A_log"] == found["final_norm.weight"] == (1e-3, 0.0, False)
+    assert found["embedding.tokens.weight"] == (0.3, 0.0, False)
+    assert found["head.unembedding.weight"] == (4e-3, 0.0, False)
+    found = peaks(model, embedding_lr_width=128, **rates)
+    assert found["blocks.1.mixer.in_proj.weight"] == (1e-3, 0.1, False)
+    assert found["embedding.tokens.weight"][0] == pytest.approx(0.3 * 2), "d_model is 32, a quarter of 128"
+    assert found["head.unembedding.weight"][0] == pytest.approx(8e-3)
+    del rates["unembedding_lr"]
+    assert peaks(model, **rates)["head.unembedding.weight"][0] == 0.3
+    tied = peaks(build("T", mlp="none"), unembedding_lr=9.0, **rates)
+    assert tied["embedding.tokens.weight"][0] == 0.3, "a tied table is an embedding"
+
+
+def test_patterns_give_parameters_what_they_have_of_their_own() -> None:
+    model = build("mamba2 T", residual={"kind": "scaled", "embedded": True}, mlp="none")
+    groups = {
+        "blocks.0.*.scale": {"lr": 0.5},
+        "*.scale": {"lr": 0.25, "betas": [0.96, 0.9], "eps": 1e-10, "weight_decay": 0.05},
+        "*.out_proj.weight": {"optimizer": "adamw"},
+        "embedding.*": {"lr": 1.0, "weight_decay": 0.01},
+    }
+    options = {"optimizer": "muon", "lr": 1e-3, "muon_lr": 2e-2, "embedding_lr_width": 128, "groups": groups}
+    found = peaks(model, **options)
+    assert found["blocks.0.input_mix.scale"] == (0.5, 0.0, False), "the first pattern that matches"
+    assert found["blocks.1.input_mix.scale"] == (0.25, 0.05, False)
+    assert found["blocks.1.input_mix.share"] == (1e-3, 0.0, False)
+    assert found["blocks.1.mixer.out_proj.weight"] == (1e-3, 0.1, False)
+    assert found["blocks.1.mixer.in_proj.weight"] == (2e-2, 0.1, True)
+    assert found["embedding.tokens.weight"] == (2.0, 0.01, False)
+    optimizer = Optimizer(model, TrainingConfig.model_validate(options))
+    own = [g for part in optimizer.parts for g in part.param_groups if g["peak"] == 0.25]
+    assert [g["betas"] for g in own] == [(0.96, 0.9)] and own[0]["eps"] == 1e-10
+    assert "*.scale 1 in 1 (AdamW, decay)" in optimizer.describe()
+    assert peaks(model, groups={"*.in_proj.weight": {"optimizer": "muon"}})["blocks.1.mixer.in_proj.weight"][
+        2
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ({"*.scal": {"lr": 1}}, r"no parameter is left for '\*.scal'; there are embedding.tokens.weight"),
+        ({"*": {"lr": 1}, "*.weight": {"lr": 2}}, r"no parameter is left for '\*.weight'"),
+        (
+            {"*.conv1d.weight": {"optimizer": "muon"}},
+            r"Muon takes matrices, blocks.0.mixer.conv1d.weight has",
+        ),
+    ],
+)
+def test_patterns_that_do_nothing_or_cannot_be_are_refused(groups: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainingError, match=words):
+        peaks(build("mamba2"), groups=groups)
+
+
+def test_what_is_wrong_in_a_pattern_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^groups.\*.scale.lr: expected a number at least 0 or null; got -1"
+    ):
+        TrainingConfig.model_validate({"groups": {"*.scale": {"lr": -1}}})
+    with pytest.raises(ConfigError, match=r"groups.\*.scale.betas.*each must be at least 0 and below 1"):
+        TrainingConfig.model_validate({"groups": {"*.scale": {"betas": [0.9, 1.0]}}})
+    with pytest.raises(ConfigError, match=r"groups.x.rate: unknown key; allowed: lr, betas"):
+        TrainingConfig.model_validate({"groups": {"x": {"rate": 1}}})
+
+
+def test_decay_and_momentum_can_be_set() -> None:
+    groups = {"final_norm.weight": {"weight_decay": 0.3}}
+    config = TrainingConfig.model_validate({"optimizer": "muon", "weight_decay": 0.2, "groups": groups})
+    optimizer = Optimizer(build("T"), config)
+    optimizer.set_decay(0.5)
+    optimizer.set_momentum(0.7)
+    decays = {g["weight_decay"] for part in optimizer.parts for g in part.param_groups}
+    assert decays == {0.1, 0.0, 0.3}, "what a group says for itself is as it is said"
+    assert [g["momentum"] for g in optimizer.parts[1].param_groups] == [0.7]
 
 
 def test_it_says_what_it_does() -> None:

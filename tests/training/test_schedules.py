@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plait.config.training import TrainingConfig
-from plait.training.schedules import SCHEDULES, lr_scale, progress_of
+from plait.training.schedules import SCHEDULES, decay_scale, lr_scale, muon_momentum, progress_of
 
 
 def scales(steps: int = 100, **training: object) -> list[float]:
@@ -58,3 +58,31 @@ def test_progress_is_the_larger_of_steps_and_time() -> None:
 def test_every_schedule_of_the_config_exists() -> None:
     for name in ("constant", "linear", "cosine", "wsd"):
         assert name in SCHEDULES and TrainingConfig.model_validate({"schedule": name}).schedule == name
+
+
+def test_nanochats_rates_over_a_run() -> None:
+    """October 2025: no warmup, flat, the last fifth down to zero in a straight line."""
+    found = scales(schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.0, warmup=0)
+    assert found[:81] == pytest.approx([1.0] * 81)
+    assert found[81:] == pytest.approx([(100 - step) / 20 for step in range(81, 101)])
+
+
+def test_decay_goes_down_if_asked() -> None:
+    def decays(name: str) -> list[float]:
+        config = TrainingConfig.model_validate({"weight_decay_schedule": name})
+        return [decay_scale(config, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+
+    assert decays("constant") == [1.0] * 4
+    assert decays("linear") == [1.0, 0.75, 0.5, 0.0]
+    assert decays("cosine") == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.0])
+
+
+def test_muons_momentum_rises_and_may_fall() -> None:
+    def momenta(steps: int = 1000, **muon: float) -> list[float]:
+        config = TrainingConfig.model_validate({"muon": muon, "decay_fraction": 0.2})
+        return [muon_momentum(config, step, step / steps) for step in (0, 150, 300, 800, 900, 1000)]
+
+    assert momenta() == [0.95] * 6
+    assert momenta(momentum_start=0.85) == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.95])
+    both = momenta(momentum=0.97, momentum_start=0.85, momentum_warmup=400, momentum_end=0.9)
+    assert both == pytest.approx([0.85, 0.895, 0.94, 0.97, 0.935, 0.9])

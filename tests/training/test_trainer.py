@@ -102,8 +102,10 @@ def test_the_caller_is_left_as_it_was(tmp_path: Path) -> None:
     assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[index, union-attr]
     assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with torch_settings(runs.tiny(tmp_path, threads=2, deterministic=True).training):
+    with torch_settings(runs.tiny(tmp_path, threads=2, deterministic=True, tf32=True).training):
         assert torch.get_num_threads() == 2 and torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_num_threads() == 1 and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -282,6 +284,112 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(
     result = runs.run(tmp_path / "fp16", precision="fp16")
     records = [line for line in lines(result.run) if line["kind"] == "train"]
     assert [line["grad_norm"] is None for line in records] == [False, False, True, *[False] * 5]
+
+
+def test_momentum_and_decay_follow_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By steps and by progress; a resumed run goes on with them."""
+    seen: list[tuple[float, float, float]] = []
+    real = trainer_module.train_step
+
+    def watched(*arguments: Any) -> Update:
+        adamw, muon = arguments[2].parts
+        group = muon.param_groups[0]
+        seen.append((group["momentum"], group["weight_decay"], adamw.param_groups[0]["weight_decay"]))
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer_module, "train_step", watched)
+    options: dict[str, Any] = {
+        "optimizer": "muon",
+        "muon": {"momentum": 0.9, "momentum_start": 0.5, "momentum_warmup": 4, "momentum_end": 0.8},
+        "decay_fraction": 0.25,
+        "weight_decay": 0.2,
+        "weight_decay_schedule": "linear",
+        "groups": {"embedding.*": {"weight_decay": 0.05}},
+        "checkpoint_schedule": [3],
+    }
+    whole = runs.run(tmp_path, **options)
+    momenta = [0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.85]
+    assert [m for m, _, _ in seen] == pytest.approx(momenta)
+    assert [d for _, d, _ in seen] == pytest.approx([0.2 * (1 - step / 8) for step in range(8)])
+    assert {d for _, _, d in seen} == {0.05}
+    config = runs.tiny(tmp_path, **options, out=str(tmp_path / "again"))
+    rest = train(config, resume=whole.run / "checkpoints" / "step-00000003", quiet=True)
+    assert [m for m, _, _ in seen[8:]] == pytest.approx(momenta[3:])
+    assert rest.checkpoint is not None and whole.checkpoint is not None
+    assert runs.tensor_hashes(rest.checkpoint) == runs.tensor_hashes(whole.checkpoint)
+
+
+def norms(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of the gradient is infinite at these steps."""
+    real, calls = torch.nn.utils.get_total_norm, 0
+
+    def norm(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tensor(math.inf) if calls in bad else real(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+
+
+def test_steps_that_are_not_finite_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many in a row; the weights stay, the data and the schedule go on, and a resumed run remembers."""
+    norms({2, 4, 5}, monkeypatch)
+    screen = io.StringIO()
+    config = runs.tiny(tmp_path / "some", skip_nonfinite=2, checkpoint_schedule=[3, 4, 5])
+    result = train(config, console=Console(file=screen, width=200))
+    assert result.step == 8 and result.tokens == 8 * 160
+    assert "step 4 was left out: the norm of the gradient is inf" in screen.getvalue()
+    folder = result.run / "checkpoints"
+    hashes = [runs.tensor_hashes(folder / f"step-0000000{step}") for step in (3, 4, 5, 8)]
+    weights = [{n: h for n, h in found.items() if "rng" not in n} for found in hashes]
+    assert weights[0] == weights[1] == weights[2] != weights[3], "neither weights nor optimizer moved"
+    counts = [
+        json.loads((folder / f"step-0000000{s}" / "trainer.json").read_text())["skipped"]
+        for s in (3, 4, 5, 8)
+    ]
+    assert counts == [0, 1, 2, 0]
+    logged = {line["step"]: line for line in lines(result.run) if line["kind"] == "train"}
+    assert logged[4]["grad_norm"] is None and logged[6]["grad_norm"] > 0
+    norms({1}, monkeypatch)
+    with pytest.raises(TrainingError, match=r"norm of the gradient is inf at step 6"):
+        train(
+            config.replace(training=config.training.replace(out=str(tmp_path / "on"))),
+            resume=folder / "step-00000005",
+            quiet=True,
+        )
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms({2, 3, 4}, monkeypatch)
+    with pytest.raises(TrainingError, match=r"norm of the gradient is inf at step 4"):
+        runs.run(tmp_path, skip_nonfinite=2)
+
+
+def test_a_loss_that_is_not_finite_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is bad, not the weights: float16's overflows are counted apart from it."""
+    real, made = trainer_module.train_step, 0
+
+    def train_step(*arguments: Any) -> Update:
+        nonlocal made
+        made += 1
+        weight = arguments[0].get_parameter("final_norm.weight")
+        kept = weight.detach().clone()
+        if made == 3:
+            with torch.no_grad():
+                weight[0] = float("nan")
+        update = real(*arguments)
+        if made == 3:
+            assert update.skipped and not update.overflowed and not math.isfinite(update.loss)
+            with torch.no_grad():
+                weight.copy_(kept)
+        return update
+
+    monkeypatch.setattr(trainer_module, "train_step", train_step)
+    result = runs.run(tmp_path, skip_nonfinite=1, precision="fp16")
+    assert result.step == 8 and result.loss is not None and math.isfinite(result.loss)
+    assert sorted(runs.losses(result.run)) == [1, 2, 4, 5, 6, 7, 8]
 
 
 def test_running_out_of_memory_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

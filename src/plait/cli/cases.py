@@ -20,6 +20,7 @@ from plait.ops.diagonal_ssm import diagonal_ssm
 from plait.ops.gated_norm import gated_norm
 from plait.ops.selective_scan import selective_scan
 from plait.ops.ssd import ssd, trapezoidal_ssd
+from plait.ops.ternary import int8_rows, ternary_weight
 
 LENGTHS = (70, 1, 37)  # longer than a chunk, a single token, and one that no tile divides
 S, N_TOKENS = len(LENGTHS), sum(LENGTHS)
@@ -115,6 +116,10 @@ def _gated_norm(generator: torch.Generator) -> Case:
     return Case(lambda **x: (gated_norm(**x),), inputs, {"group_size": 8})
 
 
+def _int8_rows(generator: torch.Generator) -> Case:
+    return Case(lambda **x: (int8_rows(**x),), {"x": _Draw(generator).normal(N_TOKENS, 24)})
+
+
 def _selective_scan(generator: torch.Generator) -> Case:
     d = _Draw(generator)
     inputs = {
@@ -144,6 +149,11 @@ def _ssd(generator: torch.Generator) -> Case:
         "initial_state": d.normal(S, 4, 8, 16),
     }
     return Case(ssd, inputs, {**_packing(), "dt_softplus": True})
+
+
+def _ternary_weight(generator: torch.Generator) -> Case:
+    inputs = {"weight": _Draw(generator).normal(16, 24)}
+    return Case(lambda **x: (ternary_weight(**x),), inputs, {"parts": (10, 4, 2), "ste": "clipped"})
 
 
 def _trapezoidal_ssd(generator: torch.Generator) -> Case:
@@ -177,7 +187,9 @@ CASES: dict[str, Callable[[torch.Generator], Case]] = {
     "cumulative_angle": _cumulative_angle,
     "diagonal_ssm": _diagonal_ssm,
     "gated_norm": _gated_norm,
+    "int8_rows": _int8_rows,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
+    "ternary_weight": _ternary_weight,
     "trapezoidal_ssd": _trapezoidal_ssd,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -48,8 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
+    return guarded(lambda: _run(words))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """What ``action`` returns; the exit status of whatever went wrong otherwise, which is told in one line."""
     try:
-        status = _run(words)
+        status = action()
         sys.stdout.flush()  # a reader that has gone shows here, not while Python exits
         return status
     except PlaitError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.terminal import harmless, seconds, stderr, stdout
+from plait.cli.terminal import seconds, stderr, stdout, write
 from plait.config.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ def _stream(model: Model, prompt: str, shown: str, options: dict[str, Any]) -> i
     try:
         for piece in pieces:
             tokens += len(piece.ids)
-            _write(piece.text)
+            write(piece.text)
     finally:
-        _write("\n")  # also after Ctrl-C: the shell's next line is its own
+        write("\n")  # also after Ctrl-C: the shell's next line is its own
     return tokens
 
 
@@ -110,11 +110,5 @@ def _at_once(model: Model, prompt: str, shown: str, options: dict[str, Any]) -> 
         if len(rows) > 1:
             console.print(f"--- sample {index + 1} of {len(rows)} ---", style="dim")
         console.print(shown, end="", style="bold")
-        _write(f"{row.text}\n")
+        write(f"{row.text}\n")
     return sum(len(row.ids) for row in rows)
-
-
-def _write(text: str) -> None:
-    """To stdout, at once; what a model writes must not command a terminal."""
-    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from plait.cli.terminal import size
+from plait.config.machine import cpu_name, package_version
 
 Fact = tuple[str, str]
 CORE = ("torch", "numpy", "numba", "safetensors", "tokenizers", "pydantic")
@@ -24,11 +24,11 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def versions() -> list[Fact]:
     """Of Plait, Python, and what Plait needs."""
-    packages = ", ".join(f"{name} {_version(name) or 'missing'}" for name in CORE)
+    packages = ", ".join(f"{name} {package_version(name) or 'missing'}" for name in CORE)
     return [
         (
             "plait",
-            f"{_version('plait')}, Python {platform.python_version()} on {platform.platform(terse=True)}",
+            f"{package_version('plait')}, Python {platform.python_version()} on {platform.platform(terse=True)}",
         ),
         ("packages", packages),
     ]
@@ -41,7 +41,7 @@ def hardware() -> list[Fact]:
     from plait.data.prepare import cache_folder
 
     rows: list[Fact] = [
-        ("CPU", f"{_cpu()}, {os.cpu_count()} logical cores; torch threads: {torch.get_num_threads()}")
+        ("CPU", f"{cpu_name()}, {os.cpu_count()} logical cores; torch threads: {torch.get_num_threads()}")
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -70,25 +70,9 @@ def optional_packages() -> list[Fact]:
     """What each that is there gives, and how one that is not comes."""
     rows = []
     for name, (gives, how) in OPTIONAL.items():
-        found = _version(name)
+        found = package_version(name)
         rows.append((name, f"{found}: {gives}" if found else f"not installed: {gives} ({how})"))
     return rows
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> str:

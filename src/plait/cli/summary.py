@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from plait.cli.terminal import number, pairs, seconds, size, stdout
 
 if TYPE_CHECKING:
-    from plait.config.schema import Config
+    from plait.config.schema import Config, TrainingConfig
     from plait.training import TrainResult
 
 
@@ -24,7 +24,7 @@ def show_run(config: Config) -> None:
     stack = stack_of(model, data.sequence_length)
     vocabulary = remark or f"{config.tokenizer.path or config.tokenizer.type}, {described.vocab_size} ids"
     length = f"{training.minutes:g} minutes at most, " if training.minutes else ""
-    length += f"{training.epochs:g} epochs" if training.epochs else f"{training.steps:,} steps"
+    length += _horizon(training)
     console = stdout()
     console.print(
         pairs(
@@ -47,6 +47,16 @@ def show_run(config: Config) -> None:
     console.print(stack_table(stack))
 
 
+def _horizon(training: TrainingConfig) -> str:
+    if training.epochs is not None:
+        return f"{training.epochs:g} epochs"
+    if training.tokens_per_parameter is not None:
+        return f"{training.tokens_per_parameter:g} tokens a parameter, in steps"
+    if training.flops is not None:
+        return f"{training.flops:.3g} FLOPs in steps"
+    return f"{training.steps:,} steps"
+
+
 def _listed(spec: str | list[str] | None) -> str:
     if spec is None:
         return "none yet"
@@ -58,7 +68,7 @@ def show_dry_run(config: Config) -> None:
     from plait.training.dry_run import dry_run
 
     plan = dry_run(config)
-    tokens = plan.steps * plan.tokens_per_step
+    tokens = "" if plan.steps is None else f", {number(plan.steps * plan.tokens_per_step)} tokens"
     held = plan.weights + plan.gradients + plan.optimizer + plan.activations
     console = stdout()
     console.print(
@@ -73,17 +83,13 @@ def show_dry_run(config: Config) -> None:
                 ("cache", f"{size(plan.cache)} for one sequence of {config.data.sequence_length} tokens"),
                 (
                     "work",
-                    f"{number(plan.flops_per_step)} FLOPs a step, {plan.steps:,} steps, {number(tokens)} tokens",
+                    f"{number(plan.flops_per_step)} FLOPs a step, {plan.length}{tokens}",
                 ),
                 (
                     "this machine",
                     f"{number(plan.matmul_rate)} FLOPs a second in large matrix products, measured now",
                 ),
-                (
-                    "time",
-                    f"at least {seconds(plan.fastest)}; small models reach a tenth to a half of that rate: "
-                    f"{seconds(2 * plan.fastest)} to {seconds(10 * plan.fastest)}",
-                ),
+                ("time", plan.time),
             ]
         )
     )
@@ -101,7 +107,9 @@ def show_next(result: TrainResult, config: Config) -> None:
         f"\nstep {result.step:,}, {number(result.tokens)} tokens in {seconds(result.elapsed)}{held_out}"
     )
     lines = []
-    if config.model.head.kind == "lm" and config.model.causal:
+    if config.training.objective == "chat":
+        lines.append((f"plait chat {run}", "talk with it"))
+    elif config.model.head.kind == "lm" and config.model.causal:
         prompt = next((text for text in config.training.sample_prompts if text), "Once upon a time")
         lines.append((f"plait generate {run} {shlex.quote(prompt)}", "what it writes"))
     more = {

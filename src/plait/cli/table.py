@@ -21,10 +21,22 @@ COMMANDS: dict[str, Entry] = {
     ),
     "train": Entry("plait.cli.train:app", "Train a model that a config describes, or resume a run"),
     "generate": Entry("plait.cli.generate:app", "Continue a text with a trained model"),
+    "convert": Entry(
+        "plait.cli.convert:app", "Turn a model of nanochat, MiniMamba, Foundry or BitByte into one of Plait's"
+    ),
+    "chat": Entry("plait.cli.chat:app", "Talk with a model that was trained on conversations"),
+    "eval": Entry("plait.cli.eval:app", "Evaluate: plait eval bpb | core | surprisal | minimal-pairs"),
     "plot": Entry("plait.cli.plot:app", "Draw a run's loss curve"),
     "info": Entry("plait.cli.info:app", "Show a model's stack: parameters, FLOPs, memory of each layer"),
+    "estimate": Entry("plait.cli.estimate:app", "Tell what of a config fits into a given memory"),
     "doctor": Entry("plait.cli.doctor:app", "Show what this machine offers and check that it computes right"),
-    "tokenizer": Entry("plait.cli.tokenizer:app", "Train a tokenizer: plait tokenizer train"),
-    "data": Entry("plait.cli.data:app", "Turn text into token shards: plait data prepare"),
-    "config": Entry("plait.cli.config:app", "Look at configs: plait config show | validate | list"),
+    "tokenizer": Entry(
+        "plait.cli.tokenizer:app", "Train or import a tokenizer: plait tokenizer train | import"
+    ),
+    "data": Entry(
+        "plait.cli.data:app", "Turn text into token shards or raw bytes: plait data prepare | pack"
+    ),
+    "config": Entry(
+        "plait.cli.config:app", "Look at configs: plait config show | validate | schedule | list"
+    ),
 }

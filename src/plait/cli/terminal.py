@@ -5,6 +5,7 @@ Numbers are short and end with their unit: ``1.23M``, ``4.5 MiB``.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -53,6 +54,12 @@ def pairs(rows: list[tuple[str, Any]]) -> Table:
 def harmless(text: str) -> str:
     """Text without the control characters that a terminal obeys; tabs and line ends stay."""
     return text.translate(_CONTROLS)
+
+
+def write(text: str) -> None:
+    """What a model writes, to stdout, at once; it must not command a terminal."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""``plait tokenizer train``: a vocabulary from text, saved as a folder that a config names."""
+"""``plait tokenizer``: a vocabulary from text or from nanochat, saved as a folder that a config names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _MEASURED_BYTES = 1 << 20  # of text, to say how many bytes a token stands for
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train a tokenizer.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train or import a tokenizer.")
 
 
 @app.callback()
 def tokenizer() -> None:
-    """Train a tokenizer."""
+    """Train or import a tokenizer."""
 
 
 @app.command()
@@ -47,6 +47,11 @@ def train(
     special_token: Annotated[
         list[str] | None, typer.Option(help="A token that is never split; may be given again")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With the special tokens of conversations")] = False,
+    split: Annotated[
+        Literal["gpt2", "gpt4", "nanochat"],
+        typer.Option(help="bpe, unigram: whose pattern cuts text before tokens are made of it"),
+    ] = "gpt2",
     lowercase: Annotated[bool, typer.Option("--lowercase", help="Lower the case of all text")] = False,
 ) -> None:
     """Train a tokenizer on text and save it in a folder."""
@@ -57,7 +62,12 @@ def train(
     from plait.tokenizers.base import to_bytes
 
     config = TokenizerConfig(
-        type=type, vocab_size=vocab_size, special_tokens=special_token, lowercase=lowercase
+        type=type,
+        vocab_size=vocab_size,
+        special_tokens=special_token,
+        chat=chat,
+        split=split,
+        lowercase=lowercase,
     )
     begin = time.perf_counter()
     n_bytes = 0
@@ -84,7 +94,37 @@ def train(
         rows.append(("a token", f"{measured / max(1, n_ids):.2f} bytes of it on average"))
     rows.append(("saved in", out))
     stdout().print(pairs(rows))
-    stdout().print(f"\nnext: plait train CONFIG --tokenizer.type={trained.type} --tokenizer.path={out}")
+    stdout().print(_next(trained, out))
+
+
+@app.command("import")
+def import_(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="nanochat's tokenizer folder, or the folder that it lies in"),
+    ],
+    out: Annotated[str, typer.Option(help="The folder to write")],
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Open tokenizer.pkl: a pickle, of which only a tokenizer is read"
+        ),
+    ] = False,
+) -> None:
+    """Make a nanochat tokenizer one of ours, with the same ids; tiktoken is not needed."""
+    from plait.tokenizers.nanochat import read_tokenizer
+
+    read = read_tokenizer(path, allow_pickle=allow_pickle)
+    _save(read, Path(out))
+    special = ", ".join(read.special_tokens) or "none"
+    stdout().print(
+        pairs([("vocabulary", f"{read.vocab_size} tokens"), ("special", special), ("saved in", out)])
+    )
+    stdout().print(_next(read, out))
+
+
+def _next(tokenizer: Tokenizer, folder: str) -> str:
+    return f"\nnext: plait train CONFIG --tokenizer.type={tokenizer.type} --tokenizer.path={folder}"
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> None:

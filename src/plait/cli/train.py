@@ -56,25 +56,37 @@ def train(
 
     A run's folder holds all of it: plait train --resume runs/NAME goes on with nothing else.
     """
-    from plait.training import train as run
-
     settings = _settings(config, resume, overrides(ctx))
+    status = launch(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    if status:
+        raise typer.Exit(status)
+
+
+def launch(
+    settings: Config, *, resume: str | None = None, overwrite: bool = False, dry_run: bool = False
+) -> int:
+    """Show what will run, train, and say what to do next; 130 if a signal stopped it. Under torchrun, rank 0 shows."""
+    from plait.training import train as run
+    from plait.training.initial import begun_config
+
     first = os.environ.get("RANK", "0") == "0"
     if not dry_run and settings.data.train is None:
         raise DataError(
             "data.train: no text is named to train on; give a file, a folder, a glob or a list of them"
         )
+    if resume in (None, AUTO):
+        settings = begun_config(settings, resume=resume == AUTO)
     if first:
         show_run(settings)
     if dry_run:
         if first:
             show_dry_run(settings)
-        return
+        return 0
     result = run(settings, resume=resume, overwrite=overwrite)
     if first:
         show_next(result, settings)
-    if result.stopped == "signal":
-        raise typer.Exit(130)  # saved, but not what was asked for: a script must not go on as if it were
+    # Saved, but not what was asked for if a signal stopped it: a script must not go on as if it were.
+    return 130 if result.stopped == "signal" else 0
 
 
 def _settings(config: str | None, resume: str | None, changes: list[str]) -> Config:

@@ -1,4 +1,4 @@
-"""What a block is around its mixer: norm, residual, MLP, dropout, kind of linear map.
+"""What a block is around its mixer: norm, residual, MLP, dropout, linear maps.
 
 Each is a default of the whole model (``model.norm``), of a kind (``model.mamba2.norm``) or of one entry of
 the pattern.
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from plait.config.errors import ConfigError
 from plait.config.section import Section
 
+LinearKind = Literal["dense", "ternary"]
 NormKind = Literal["rms", "layer", "none"]
 MLPKind = Literal["none", "gelu", "gelu_tanh", "relu2", "swiglu"]
 
@@ -68,14 +69,53 @@ class ResidualConfig(Section):
         return data
 
 
+class LinearConfig(Section):
+    """The linear maps of a block's mixer and MLP; shorthand: their kind.
+
+    Ternary weights are -1, 0 or 1 times a scale in every forward; what is trained stays full (arXiv 2402.17764).
+    """
+
+    kind: LinearKind = Field("dense", description="full weights, or ternary ones")
+    activations: Literal["int8", "none"] = Field(
+        "int8", description="ternary: each token's inputs are rounded to 8 bits, or not"
+    )
+    ste: Literal["identity", "clipped"] = Field(
+        "identity", description="ternary: gradients pass the rounding everywhere, or only where |W| <= scale"
+    )
+    scale: Literal["part", "matrix", "row"] = Field(
+        "part",
+        description="ternary: one scale for each of the matrices that are joined in a map (queries, keys, values), "
+        "for the whole map, or for each output",
+    )
+    norm: bool = Field(False, description="ternary: an RMS norm with weights before each map")
+
+    @classmethod
+    def normalise(cls, data: Any) -> Any:
+        """A word to ``{"kind": word}``; None to dense."""
+        if data is None:
+            return {"kind": "dense"}
+        return {"kind": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _options_are_of_the_kind(self) -> LinearConfig:
+        if self.kind == "dense":
+            for name, field in type(self).model_fields.items():
+                if name != "kind" and getattr(self, name) != field.default:
+                    raise ConfigError(f"{name} is an option of ternary maps; set kind: ternary", (name,))
+        return self
+
+
 class MLPConfig(Section):
     """The MLP of a block; shorthand: its kind."""
+
+    kind_free: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     kind: MLPKind = Field("swiglu", description="activation, or none for a block without an MLP")
     width: int | None = Field(
         None, gt=0, description="hidden width; null: 4 d_model, for swiglu 8/3 d_model rounded up to 64"
     )
     bias: bool = Field(False, description="biases of its linear maps")
+    linear: LinearConfig | None = Field(None, description="its linear maps; null: the block's")
 
     @classmethod
     def normalise(cls, data: Any) -> Any:
@@ -92,4 +132,4 @@ class BlockConfig(Section):
     residual: ResidualConfig = Field(default_factory=ResidualConfig, description="the residual of both")
     mlp: MLPConfig = Field(default_factory=MLPConfig, description="the MLP after the mixer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of what each branch adds")
-    linear: Literal["dense"] = Field("dense", description="kind of linear map in the block")
+    linear: LinearConfig = Field(default_factory=LinearConfig, description="linear maps of mixer and MLP")

@@ -24,6 +24,12 @@ class TokenizerConfig(Section):
     special_tokens: list[str] | None = Field(
         None, description="more of them, after the usual ones of the type"
     )
+    chat: bool = Field(False, description="with the special tokens of conversations, as nanochat's")
+    split: Literal["gpt2", "gpt4", "nanochat"] = Field(
+        "gpt2",
+        description="bpe, unigram: whose pattern cuts text before tokens are made of it; nanochat: GPT-4's, but "
+        "numbers in twos, and special tokens last",
+    )
     lowercase: bool = Field(False, description="lower the case of all text")
 
 
@@ -37,8 +43,16 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="without `validation`: share of the documents held out, chosen by hash"
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
-        "auto", description="auto: by the file's ending"
+    validation_split: Literal["documents", "last_file"] = Field(
+        "documents",
+        description="without `validation`: hold out validation_fraction of the documents, or the last file",
+    )
+    format: Literal["auto", "text", "jsonl", "parquet", "bytes"] = Field(
+        "auto",
+        description="auto: by the file's ending; bytes (.bin): raw, one document or, with separator, many",
+    )
+    separator: int | None = Field(
+        None, ge=0, le=255, description="bytes: the byte that ends a document; null: a file is one document"
     )
     field: str = Field("text", description="the key or column that holds the text")
     label_field: str = Field("label", description="classification: the key or column that holds the label")

@@ -83,15 +83,27 @@ def _place(
     path: list[str | int] = []
     owner: Any = model
     field: FieldInfo | None = None
+    keyed = False  # the next part is a key of the user's own
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or keyed:
             path.append(part)
+            keyed = False
         elif owner is not None and part in owner.model_fields:
             path.append(part)
             field = owner.model_fields[part]
-            inner = [x for x in leaves(field.annotation) if isinstance(x, type) and issubclass(x, BaseModel)]
+            inner = list(_sections(field.annotation))
             owner = inner[0] if inner else None
+            keyed = any(get_origin(leaf) is dict for leaf in leaves(field.annotation))
     return tuple(path), owner, field
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field holds: itself one, or a list or a mapping of them."""
+    for leaf in leaves(annotation):
+        if get_origin(leaf) in (list, dict):
+            yield from _sections(get_args(leaf)[-1])
+        elif isinstance(leaf, type) and issubclass(leaf, BaseModel):
+            yield leaf
 
 
 def _choices(leaf: Any) -> tuple[Any, ...]:

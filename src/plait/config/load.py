@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.config.errors import ConfigError, nearest
 from plait.config.literals import read_literals
+from plait.config.originals import translate
 from plait.config.overrides import apply_overrides
 from plait.config.recipes import preset_names, read_recipe, recipe_names
 from plait.config.schema import Config
@@ -23,9 +24,14 @@ def load_config(
     """The run that ``source`` describes, with ``overrides`` such as ``"--training.lr=1e-3"`` set on top.
 
     ``source`` is a file (YAML, JSON, or Python literals), the name of a shipped recipe or preset, a mapping,
-    a config, or None for the defaults. Whatever is wrong is a ConfigError of one line, which names the file.
+    a config, or None for the defaults. A file or mapping may also be one of an original's own configs, which is
+    translated; overrides are always in our names. Whatever is wrong is a ConfigError of one line, which names the file.
     """
     name, data = _read(source)
+    try:
+        data = translate(data)
+    except ConfigError as error:
+        raise error if name is None else ConfigError(f"{name}: {error}") from None
     changed = apply_overrides(data, overrides)
     try:
         return Config.model_validate(changed)
@@ -61,10 +67,11 @@ def _read(
         if source in preset_names() and source not in recipe_names():
             return None, {"experiment_name": source, "model": {"preset": source}}
         return f"recipe {source}", read_recipe(source)
-    return str(path), _read_file(path)
+    return str(path), read_config_file(path)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """What a config file holds, raw: nothing translated, nothing validated but its form."""
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give the config file in it")

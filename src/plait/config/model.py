@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from plait.config.block import BlockConfig, MLPConfig, NormConfig, ResidualConfig
+from plait.config.block import BlockConfig, LinearConfig, MLPConfig, NormConfig, ResidualConfig
 from plait.config.errors import ConfigError
 from plait.config.explain import show, unknown_key
+from plait.config.init import InitConfig
 from plait.config.options import Options
 from plait.config.pattern import PatternEntry, is_single_name, parse_pattern
 from plait.config.recipes import read_preset
@@ -38,6 +39,10 @@ class EmbeddingConfig(Section):
     )
     max_positions: int = Field(1024, gt=0, description="how many positions are learned")
     token_types: int = Field(0, ge=0, description="how many token types (segments) are added; 0: none")
+    smear: bool = Field(
+        False, description="add to each token's vector a gated, learned share of the previous token's"
+    )
+    smear_channels: int = Field(24, gt=0, description="smear: how many channels the gate looks at")
 
 
 class HeadConfig(Section):
@@ -46,8 +51,15 @@ class HeadConfig(Section):
     kind: Literal["lm", "masked_lm", "classification", "features"] = Field(
         "lm", description="what it predicts"
     )
+    project: bool = Field(
+        True, description="LM: an output map; false: what the last layer gives are the logits themselves"
+    )
     tie: bool = Field(True, description="LM: the embedding's weight is the output's")
     bias: bool = Field(False, description="LM: a bias for each token of the vocabulary")
+    padded: bool = Field(
+        False,
+        description="LM: rows that only pad the vocabulary count in logits and loss; never in generation",
+    )
     softcap: float | None = Field(None, gt=0, description="LM: logits become cap * tanh(logits / cap)")
     transform: Literal["none", "gelu", "gelu_tanh"] = Field(
         "none", description="LM: dense, activation and norm before the output (BERT)"
@@ -96,15 +108,16 @@ class ModelConfig(Section):
     residual: ResidualConfig = Field(default_factory=ResidualConfig, description="residual of the blocks")
     mlp: MLPConfig = Field(default_factory=MLPConfig, description="MLP of the blocks")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of what each branch of a block adds")
-    linear: Literal["dense"] = Field("dense", description="kind of linear map in the blocks")
+    linear: LinearConfig = Field(default_factory=LinearConfig, description="linear maps of the blocks")
     embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig, description="from ids to vectors")
     final_norm: NormConfig = Field(
         default_factory=NormConfig, description="norm before the head; left out: as `norm`"
     )
     head: HeadConfig = Field(default_factory=HeadConfig, description="what the model predicts")
-    init_std: float = Field(
-        0.02, gt=0, description="standard deviation of the initial embedding and dense weights"
+    backout: bool = Field(
+        False, description="before the final norm, subtract a learned share of what the middle layer gave"
     )
+    init: InitConfig = Field(default_factory=InitConfig, description="how weights begin")
 
     @classmethod
     def normalise(cls, data: Any) -> Any:
@@ -208,6 +221,8 @@ def _canonical_keys(data: Mapping[Any, Any], model: type[ModelConfig]) -> dict[s
 def _canonical_key(key: str, value: Any, model: type[ModelConfig]) -> tuple[str, Any]:
     if key == "block_pattern":
         return "pattern", plain(value)
+    if key == "init_std":
+        return "init", {"std": value}
     if key in model.model_fields:
         return key, plain(value) if key == "pattern" else value
     kind = find_kind(key)

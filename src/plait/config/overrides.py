@@ -20,7 +20,7 @@ from plait.config.text import parse_yaml
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of the raw config ``data`` with the overrides set in order; ConfigError for an unknown path."""
-    for name, text in _pairs(overrides):
+    for name, text in override_pairs(overrides):
         path, field_types = _resolve(name)
         data = _set(data, path, Config, _value(text, field_types, name), name)
     return data
@@ -31,7 +31,8 @@ def option_paths() -> list[str]:
     return [*_paths(Config, ""), *(f"model.{kind}" for kind in kinds())]
 
 
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def override_pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, text) of each override in any of its forms; the text is None where none follows. A lone -- is skipped."""
     words: list[str] = []
     for item in overrides:
         head, space, tail = item.partition(" ")

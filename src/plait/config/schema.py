@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from plait.config.block import BlockConfig, MLPConfig, NormConfig, ResidualConfig
+from plait.config.block import BlockConfig, LinearConfig, MLPConfig, NormConfig, ResidualConfig
 from plait.config.data import DataConfig, TokenizerConfig
 from plait.config.errors import ConfigError
+from plait.config.init import InitConfig
 from plait.config.model import EmbeddingConfig, HeadConfig, LayerConfig, ModelConfig
 from plait.config.section import Section
 from plait.config.text import plain
@@ -21,7 +22,9 @@ __all__ = [
     "DataConfig",
     "EmbeddingConfig",
     "HeadConfig",
+    "InitConfig",
     "LayerConfig",
+    "LinearConfig",
     "MLPConfig",
     "ModelConfig",
     "NormConfig",

@@ -58,7 +58,8 @@ MODEL_KEYS = frozenset(
         "pad_vocab_size_multiple",
         "causal",
     }
-    | {"norm", "residual", "mlp", "dropout", "linear", "embedding", "final_norm", "head", "init_std"}
+    | {"norm", "residual", "mlp", "dropout", "linear", "embedding", "final_norm", "head", "backout"}
+    | {"init", "init_std"}
 )
 BLOCK_KEYS = frozenset({"norm", "residual", "mlp", "dropout", "linear"})
 

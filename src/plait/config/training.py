@@ -7,14 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from plait.config.errors import ConfigError
+from plait.config.optimizer import GroupConfig, MuonConfig, check_betas
 from plait.config.section import Section
+from plait.config.timetable import CheckpointSchedule, SequenceStage, check_stages
 
 
 class TrainingConfig(Section):
     """How a model is trained."""
 
-    objective: Literal["causal_lm", "masked_lm", "classification"] = Field(
-        "causal_lm", description="what is learnt"
+    objective: Literal["causal_lm", "masked_lm", "classification", "chat"] = Field(
+        "causal_lm", description="what is learnt; chat: what the assistant says in conversations"
+    )
+    init_from: str | None = Field(
+        None, description="a run, checkpoint or saved model whose weights and tokenizer the run begins with"
     )
     steps: int = Field(1000, gt=0, description="updates of the weights")
     minutes: float | None = Field(
@@ -22,6 +27,12 @@ class TrainingConfig(Section):
     )
     epochs: float | None = Field(
         None, gt=0, description="passes over the data; sets the number of steps instead"
+    )
+    tokens_per_parameter: float | None = Field(
+        None, gt=0, description="tokens to train on for each parameter; sets the number of steps instead"
+    )
+    flops: float | None = Field(
+        None, gt=0, description="operations of the whole run, forward and backward; sets the steps instead"
     )
 
     batch_tokens: int = Field(16384, gt=0, description="tokens an update, over all ranks")
@@ -36,12 +47,32 @@ class TrainingConfig(Section):
     muon_lr: float | None = Field(
         None, gt=0, description="peak learning rate of Muon, its updates scaled to AdamW's size; null: lr"
     )
-    muon_momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
+    muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon's momentum and variants")
     embedding_lr: float | None = Field(None, gt=0, description="peak learning rate of embeddings; null: lr")
+    unembedding_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of an output map that is not tied; null: embedding_lr"
+    )
+    embedding_lr_width: int | None = Field(
+        None,
+        gt=0,
+        description="embeddings' rates are for this d_model and times (d_model / it)^-0.5; null: for any",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averages of gradient and square")
     eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the square")
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; embeddings and vectors have none")
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of matrices' decay: as it is, or down to 0 at the end of the run"
+    )
+    groups: dict[str, GroupConfig] = Field(
+        default_factory=dict,
+        description="by patterns of parameter names ('*.input_mix.scale'), the first that matches: lr, betas, ...",
+    )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: any")
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="steps in a row without update where loss or gradient is not finite; 0: stop at once",
+    )
 
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "cosine", description="after warmup; wsd: constant, then down over decay_fraction"
@@ -53,6 +84,11 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of matrix products; weights are fp32"
     )
+    tf32: bool = Field(False, description="fp32 products may use TensorFloat-32 where the device has it")
+    sequence_length_schedule: list[SequenceStage] = Field(
+        default_factory=list,
+        description="shorter sequences early in the run; afterwards they have data.sequence_length",
+    )
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="masked_lm: share of the tokens to predict")
 
     eval_every: int = Field(200, ge=0, description="steps between evaluations; 0: at the end alone")
@@ -62,7 +98,12 @@ class TrainingConfig(Section):
     sample_prompts: list[str] = Field(default_factory=lambda: [""], description="what the samples begin with")
     sample_tokens: int = Field(128, gt=0, description="length of a sample")
     checkpoint_every: int = Field(500, ge=0, description="steps between checkpoints; 0: at the end alone")
-    keep_checkpoints: int = Field(2, gt=0, description="older ones are removed")
+    keep_checkpoints: int = Field(
+        2, gt=0, description="older ones are removed, but for those of the schedule"
+    )
+    checkpoint_schedule: CheckpointSchedule = Field(
+        default_factory=CheckpointSchedule, description="steps to save and keep, besides checkpoint_every"
+    )
 
     out: str | None = Field(None, description="the run folder; null: runs/<experiment_name>")
     seed: int = Field(0, ge=0, description="of the weights, the order of the data, dropout and samples")
@@ -77,8 +118,20 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"each must be at least 0 and below 1; got {list(self.betas)}", ("betas",))
+        check_betas(self.betas)
+        horizons = [n for n in ("epochs", "tokens_per_parameter", "flops") if getattr(self, n) is not None]
+        if len(horizons) > 1:
+            raise ConfigError(
+                f"{' and '.join(horizons)} each set the number of steps; keep one", (horizons[1],)
+            )
+        try:
+            check_stages(self.sequence_length_schedule)
+        except ConfigError as error:
+            raise error.below("sequence_length_schedule") from None
+        if self.sequence_length_schedule and self.objective in ("classification", "chat"):
+            raise ConfigError(
+                f"{self.objective} reads whole texts; leave it out", ("sequence_length_schedule",)
+            )
         if self.warmup >= 1 and not float(self.warmup).is_integer():
             raise ConfigError(
                 f"expected a whole number of steps, or a share of the run below 1; got {self.warmup}",

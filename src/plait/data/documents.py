@@ -1,7 +1,8 @@
-"""Documents out of a corpus, one after another: whole text files, lines of JSONL, rows of Parquet.
+"""Documents out of a corpus, one after another: whole text files, lines of JSONL, rows of Parquet, what stands
+between the separators of raw bytes.
 
 Nothing but the piece at hand is in memory. A document's name, and so the side it falls on when a fraction
-is held out, is its file's name, with `#` and the line or row for JSONL and Parquet.
+is held out, is its file's name, with `#` and its number where a file holds many.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from plait.config.errors import DataError, nearest
-from plait.data.sources import Source, held_out, resolve_sources
+from plait.data.sources import Source, Split, by_last_file, held_out, resolve_sources
 
-Split = Literal["all", "train", "validation"]
 PIECE_BYTES = 1 << 24
 
 
@@ -44,16 +44,20 @@ def read_documents(
     split: Split = "all",
     fraction: float = 0.0,
     label_field: str | None = None,
+    separator: int | None = None,
+    validation_split: Literal["documents", "last_file"] = "documents",
 ) -> Iterator[Document]:
     """The documents of a corpus (see resolve_sources) in a fixed order; of a split, if one is named.
 
     Text files come as their bytes, so nothing of them is lost. If of a corpus of text files none, or all,
     would be held out, as of a single file, the last `fraction` of the largest is, from a line's beginning
-    on. DataError names the file, and the line or row, of what is wrong.
+    on. validation_split last_file: the last file is held out, whatever the fraction. DataError names the file,
+    and the line or row, of what is wrong.
     """
-    yield from documents_of(
-        resolve_sources(spec, format), field, split=split, fraction=fraction, label_field=label_field
-    )
+    sources = resolve_sources(spec, format, separator)
+    if validation_split == "last_file":
+        sources, split = by_last_file(sources, split), "all"
+    yield from documents_of(sources, field, split=split, fraction=fraction, label_field=label_field)
 
 
 def documents_of(
@@ -67,13 +71,17 @@ def documents_of(
     """As read_documents, of files already found."""
     cut = _file_to_cut(sources, fraction) if split != "all" else None
     for source in sources:
-        if source.format == "text":
-            if label_field is not None:
-                raise DataError(f"{source.path}: a text file has no labels; give JSONL or Parquet")
+        if source.format in ("text", "bytes") and label_field is not None:
+            raise DataError(f"{source.path}: a text file has no labels; give JSONL or Parquet")
+        if source.whole:
             if source is cut:
                 yield from _part_of_file(source, split, fraction)
             elif _wanted(source.name, split, fraction):
                 yield from _text_document(source, 0, None)
+        elif source.format == "bytes":
+            for document in _separated(source):
+                if _wanted(document.name, split, fraction):
+                    yield document
         else:
             fields = [field] if label_field is None else [field, label_field]
             for place, values in _rows(source, fields):
@@ -92,7 +100,7 @@ def _wanted(name: str, split: Split, fraction: float) -> bool:
 
 def _file_to_cut(sources: Sequence[Source], fraction: float) -> Source | None:
     """The largest text file, if whole files would leave one side without any."""
-    if fraction <= 0 or any(source.format != "text" for source in sources):
+    if fraction <= 0 or not all(source.whole for source in sources):
         return None
     if len({held_out(source.name, fraction) for source in sources}) == 2:
         return None
@@ -149,34 +157,58 @@ def _part_of_file(source: Source, split: Split, fraction: float) -> Iterator[Doc
     yield from _text_document(source, *((0, cut) if split == "train" else (cut, None)))
 
 
+def _separated(source: Source) -> Iterator[Document]:
+    """The documents of a file of raw bytes, each ended by the separator, long ones in pieces; not empty ones."""
+    assert source.separator is not None
+    end = bytes([source.separator])
+    number, kept, continues = 1, b"", False
+    with _opened(source) as handle:
+        while chunk := handle.read(PIECE_BYTES):
+            *ended, kept = (kept + chunk).split(end)
+            for text in ended:
+                if text:
+                    yield Document(f"{source.name}#{number}", text, continues)
+                number, continues = number + 1, False
+            cut = _last_boundary(kept)
+            if len(kept) >= PIECE_BYTES and cut:
+                yield Document(f"{source.name}#{number}", kept[:cut], continues)
+                kept, continues = kept[cut:], True
+        if kept:
+            yield Document(f"{source.name}#{number}", kept, continues)
+
+
 def _rows(source: Source, fields: list[str]) -> Iterator[tuple[int, list[Any]]]:
     """(line or row number from 1 on, the fields' values) of each record of a JSONL or Parquet file."""
-    return _jsonl_rows(source, fields) if source.format == "jsonl" else _parquet_rows(source, fields)
+    return _jsonl_rows(source, fields) if source.format == "jsonl" else parquet_rows(source, fields)
 
 
-def _jsonl_rows(source: Source, fields: list[str]) -> Iterator[tuple[int, list[Any]]]:
+def json_lines(source: Source) -> Iterator[tuple[int, Any]]:
+    """(line number from 1 on, what it holds) of each line of a JSONL file that is not empty."""
     with _opened(source) as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{source.path}:{number}: not a line of JSON: {error}") from error
-            if not isinstance(record, dict):
+
+
+def _jsonl_rows(source: Source, fields: list[str]) -> Iterator[tuple[int, list[Any]]]:
+    for number, record in json_lines(source):
+        if not isinstance(record, dict):
+            raise DataError(f"{source.path}:{number}: a line must be an object, not {type(record).__name__}")
+        for field in fields:
+            if field not in record:
                 raise DataError(
-                    f"{source.path}:{number}: a line must be an object, not {type(record).__name__}"
+                    f"{source.path}:{number}: there is no field {field!r}{nearest(field, record)}; "
+                    f"the line has {', '.join(map(repr, record)) or 'none'}"
                 )
-            for field in fields:
-                if field not in record:
-                    raise DataError(
-                        f"{source.path}:{number}: there is no field {field!r}{nearest(field, record)}; "
-                        f"the line has {', '.join(map(repr, record)) or 'none'}"
-                    )
-            yield number, [record[field] for field in fields]
+        yield number, [record[field] for field in fields]
 
 
-def _parquet_rows(source: Source, fields: list[str]) -> Iterator[tuple[int, list[Any]]]:
+def parquet_rows(source: Source, fields: list[str]) -> Iterator[tuple[int, list[Any]]]:
+    """(row number from 1 on, the columns' values) of each row of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet

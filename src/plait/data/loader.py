@@ -51,16 +51,20 @@ class Loader:
         """How many times the data has been gone through, as a fraction."""
         return self.index / self.samples.count
 
-    def micro_batches(self, rows: int | None = None) -> list[Batch]:
+    def micro_batches(self, rows: int | None = None, length: int | None = None) -> list[Batch]:
         """This process's part of the next global batch, in pieces of at most `rows` rows (None: in one),
         and go on.
+
+        length: each row is cut into sequences of so many tokens. Which tokens a batch has does not depend on it.
         """
         mine = range(self.index + self.rank, self.index + self.batch_rows, self.world)
         step = len(mine) if rows is None else max(1, rows)
-        batches = [
-            self.collate([self.samples.sample(i) for i in mine[at : at + step]])
-            for at in range(0, len(mine), step)
-        ]
+        batches = []
+        for at in range(0, len(mine), step):
+            samples = [self.samples.sample(i) for i in mine[at : at + step]]
+            if length is not None:
+                samples = [piece for sample in samples for piece in sample.pieces(length)]
+            batches.append(self.collate(samples))
         self.index += self.batch_rows
         return batches
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from plait.config.errors import DataError
 from plait.data.batch import IGNORED
-from plait.data.packing import Rows, Sample
+from plait.data.packing import Ids, Rows, Sample
 from plait.data.permutation import key_of, uniform
 from plait.tokenizers.base import Tokenizer
 
@@ -42,7 +43,6 @@ class MaskedRows:
         special = np.array(sorted(tokenizer.special_ids), dtype=np.int64)
         self._is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_special[special] = True
-        self._ordinary = np.flatnonzero(~self._is_special)
 
     def sample(self, index: int) -> Sample:
         """Row of a global sample index, masked."""
@@ -50,12 +50,23 @@ class MaskedRows:
 
     def mask(self, sample: Sample, epoch: int, place: int) -> Sample:
         """A row masked as (seed, epoch, place) say."""
-        tokens = sample.tokens
-        chance, show, which = uniform(key_of(self.rows.seed, epoch, place, _MASK), 3 * tokens.size).reshape(
-            3, -1
-        )
-        chosen = (chance < self._probability) & ~self._is_special[tokens]
-        shown = np.where(chosen & (show < _SHOW_MASK), self._mask_id, tokens)
-        random = self._ordinary[(which * self._ordinary.size).astype(np.int64)]
-        shown = np.where(chosen & (show >= _SHOW_MASK) & (show < _SHOW_RANDOM), random, shown)
-        return replace(sample, tokens=shown, labels=np.where(chosen, tokens, IGNORED))
+        draws = uniform(key_of(self.rows.seed, epoch, place, _MASK), 3 * sample.tokens.size).reshape(3, -1)
+        shown, labels = hide(sample.tokens, draws, self._probability, self._mask_id, self._is_special)
+        return replace(sample, tokens=shown, labels=labels)
+
+
+def hide(
+    tokens: Ids,
+    draws: npt.NDArray[np.float64],
+    probability: float,
+    mask_id: int,
+    is_special: npt.NDArray[np.bool_],
+) -> tuple[Ids, Ids]:
+    """What is shown for tokens (T,), and their labels (T,), by draws (3, T) from [0, 1); is_special: (V,)."""
+    chance, show, which = draws
+    chosen = (chance < probability) & ~is_special[tokens]
+    shown = np.where(chosen & (show < _SHOW_MASK), mask_id, tokens)
+    ordinary = np.flatnonzero(~is_special)
+    random = ordinary[(which * ordinary.size).astype(np.int64)]
+    shown = np.where(chosen & (show >= _SHOW_MASK) & (show < _SHOW_RANDOM), random, shown)
+    return shown, np.where(chosen, tokens, IGNORED)

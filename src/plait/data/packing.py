@@ -37,6 +37,16 @@ class Sample:
     starts: Ids
     labels: Ids | None = None
 
+    def pieces(self, length: int) -> list[Sample]:
+        """The row cut into rows of ``length`` tokens, the last of what is left."""
+        cut = []
+        for at in range(0, len(self.tokens), length):
+            end = at + length
+            inside = self.starts[(self.starts > at) & (self.starts < end)] - at
+            labels = None if self.labels is None else self.labels[at:end]
+            cut.append(Sample(self.tokens[at:end], inside, labels))
+        return cut
+
 
 class Samples(Protocol):
     """Rows by global sample index."""
@@ -104,7 +114,7 @@ class Packer:
     joined.
 
     causal: whether the first token of a sequence is no target (the model predicts the next token). dense:
-    joined rows as (B, T), else packed too. pad_sequences: S rounded up to a power of two with empty
+    joined rows of one length as (B, T), else packed too. pad_sequences: S rounded up to a power of two with empty
     sequences, and max_len to one (at most sequence_length), so that a compiled model sees few shapes.
     """
 
@@ -125,8 +135,9 @@ class Packer:
         if self.causal:
             targets[bounds[:-1]] = False
         n_targets = int(targets.sum())
-        if self.dense and not self.separate:
-            shape = (len(samples), self.sequence_length)
+        length = len(samples[0].tokens)
+        if self.dense and not self.separate and all(len(sample.tokens) == length for sample in samples):
+            shape = (len(samples), length)
             return Batch(
                 torch.from_numpy(tokens.reshape(shape)),
                 torch.from_numpy(labels.reshape(shape)),

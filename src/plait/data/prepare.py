@@ -8,21 +8,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from plait.config.data import DataConfig
 from plait.config.errors import DataError
-from plait.data.documents import Document, Split, documents_of
+from plait.data.documents import Document, documents_of
 from plait.data.shards import VERSION, ShardWriter, TokenShards
-from plait.data.sources import Source, resolve_sources
+from plait.data.sources import Source, Split, by_last_file, resolve_sources
 from plait.tokenizers.base import Tokenizer, to_bytes
 from plait.tokenizers.files import new_folder
 
+Shards = TypeVar("Shards", bound=TokenShards)
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 
 
@@ -47,49 +49,60 @@ def prepare(
     eos: bool = False,
     label_field: str | None = None,
     classes: Sequence[str] | None = None,
+    separator: int | None = None,
+    validation_split: Literal["documents", "last_file"] = "documents",
     progress: Callable[[int], None] | None = None,
 ) -> TokenShards:
     """The token shard of a corpus (or of its train or validation split), made if it is not there yet.
 
     Every document is [bos] + tokens (+ [eos]). label_field: a JSONL or Parquet field with one label a
     document, a number or the name of a class; classes: the names in order, so that validation agrees with
-    training. progress is called with the bytes of text done so far. DataError if there is no text, or it
-    cannot be written.
+    training. separator, validation_split: see read_documents. progress is called with the bytes of text done
+    so far. DataError if there is no text, or it cannot be written.
     """
-    sources = resolve_sources(spec, format)
-    key = _key(sources, tokenizer, field, split, fraction, eos, label_field, classes)
+    sources = resolve_sources(spec, format, separator)
+    if validation_split == "last_file" and split != "all":
+        sources, split, fraction = by_last_file(sources, split), "all", 0.0
+    key = shard_key(sources, tokenizer, field, split, fraction, eos, label_field, classes)
     folder = cache_folder(cache) / f"tokens-{key}"
     if not folder.is_dir():
         documents = documents_of(sources, field, split=split, fraction=fraction, label_field=label_field)
         first = next((document for document in documents if document.text), None)
         if first is None:
             if split == "all":
-                raise DataError(f"data: {_shown(spec)} holds no text")
+                raise DataError(f"data: {shown(spec)} holds no text")
             raise DataError(
-                f"data: of {_shown(spec)}, data.validation_fraction {fraction:g} leaves no document for "
+                f"data: of {shown(spec)}, data.validation_fraction {fraction:g} leaves no document for "
                 f"{split}; change it, or name files in data.validation"
             )
-        try:
-            with new_folder(folder) as temporary:
-                writer = ShardWriter(temporary, tokenizer.vocab_size, tokenizer.fingerprint())
-                try:
-                    labels = _write(writer, chain([first], documents), tokenizer, eos, progress)
-                    numbers, names = (None, None) if label_field is None else _numbers(labels, classes)
-                    writer.close(numbers, classes=names, sources=_shown(spec), split=split)
-                finally:
-                    writer.abort()
-        except OSError as error:
-            raise DataError(
-                f"token shards cannot be written to {folder}: {error.strerror or error}"
-            ) from error
+        with new_shard(folder, tokenizer) as (_, writer):
+            labels = _write(writer, chain([first], documents), tokenizer, eos, progress)
+            numbers, names = (None, None) if label_field is None else _numbers(labels, classes)
+            writer.close(numbers, classes=names, sources=shown(spec), split=split)
     return TokenShards(folder, tokenizer)
 
 
-def _shown(spec: str | Sequence[str]) -> str:
+@contextmanager
+def new_shard(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Path, ShardWriter]]:
+    """A writer, and the temporary folder that becomes ``folder`` at the end of the block; DataError if it cannot."""
+    try:
+        with new_folder(folder) as temporary:
+            writer = ShardWriter(temporary, tokenizer.vocab_size, tokenizer.fingerprint())
+            try:
+                yield temporary, writer
+            finally:
+                writer.abort()
+    except OSError as error:
+        raise DataError(f"token shards cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def shown(spec: str | Sequence[str]) -> str:
+    """Sources in words."""
     return spec if isinstance(spec, str) else ", ".join(spec)
 
 
-def _key(sources: Iterable[Source], tokenizer: Tokenizer, *options: Any) -> str:
+def shard_key(sources: Iterable[Source], tokenizer: Tokenizer, *options: Any) -> str:
+    """The name of what these files, this tokenizer and these options make."""
     parts = [VERSION, [source.signature() for source in sources], tokenizer.fingerprint(), options]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
@@ -177,12 +190,8 @@ def open_data(
 
     Validation is None if neither data.validation nor data.validation_fraction asks for any.
     """
-    if config.train is None:
-        raise DataError(
-            "data.train: no text is named to train on; give a file, a folder, a glob or a list of them"
-        )
 
-    def shard(spec: str | Sequence[str], split: Split, classes: Sequence[str] | None = None) -> TokenShards:
+    def shard(spec: str | Sequence[str], split: Split, train: TokenShards | None) -> TokenShards:
         return prepare(
             spec,
             tokenizer,
@@ -193,14 +202,30 @@ def open_data(
             fraction=config.validation_fraction if split != "all" else 0.0,
             eos=config.add_eos,
             label_field=config.label_field if labels else None,
-            classes=classes,
+            classes=None if train is None else train.classes,
+            separator=config.separator,
+            validation_split=config.validation_split,
             progress=progress,
         )
 
+    return both_sides(config, shard)
+
+
+def both_sides(
+    config: DataConfig, shard: Callable[[str | Sequence[str], Split, Shards | None], Shards]
+) -> tuple[Shards, Shards | None]:
+    """The training and the validation shard, made by ``shard`` from (files, split, the training shard if there is one).
+
+    Validation is None if the config asks for none.
+    """
+    if config.train is None:
+        raise DataError(
+            "data.train: no text is named to train on; give a file, a folder, a glob or a list of them"
+        )
     if config.validation is not None:
-        train = shard(config.train, "all")
-        return train, shard(config.validation, "all", train.classes)
-    if config.validation_fraction == 0:
-        return shard(config.train, "all"), None
-    train = shard(config.train, "train")
-    return train, shard(config.train, "validation", train.classes)
+        train = shard(config.train, "all", None)
+        return train, shard(config.validation, "all", train)
+    if config.validation_fraction == 0 and config.validation_split == "documents":
+        return shard(config.train, "all", None), None
+    train = shard(config.train, "train", None)
+    return train, shard(config.train, "validation", train)

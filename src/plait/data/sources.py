@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from plait.config.errors import DataError, nearest
 from plait.data.stdlib import stdlib_files
 
-Format = Literal["text", "jsonl", "parquet"]
-FORMATS = ("auto", "text", "jsonl", "parquet")
+Format = Literal["text", "jsonl", "parquet", "bytes"]
+Split = Literal["all", "train", "validation"]
+FORMATS = ("auto", "text", "jsonl", "parquet", "bytes")
 STDLIB = "stdlib:"
 COMPRESSED = (".gz", ".bz2", ".xz")
 _BY_SUFFIX: dict[str, Format] = {
@@ -27,6 +28,7 @@ _BY_SUFFIX: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".bin": "bytes",
 }
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".zst")
 
@@ -38,14 +40,24 @@ class Source:
     path: Path
     name: str
     format: Format
+    separator: int | None = None  # bytes: what ends a document; None: the file is one
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file is one document, and no container of many."""
+        return self.format == "text" or (self.format == "bytes" and self.separator is None)
 
     def signature(self) -> tuple[str, str, int, int]:
-        """Name, format, size in bytes and time of change in ns; DataError if the file cannot be looked at."""
+        """Name, format (with its separator), size in bytes and time of change in ns.
+
+        DataError if the file cannot be looked at.
+        """
         try:
             status = self.path.stat()
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        return self.name, self.format, status.st_size, status.st_mtime_ns
+        form = self.format if self.separator is None else f"{self.format} {self.separator}"
+        return self.name, form, status.st_size, status.st_mtime_ns
 
 
 def held_out(name: str, fraction: float) -> bool:
@@ -56,9 +68,22 @@ def held_out(name: str, fraction: float) -> bool:
     return number < fraction * 2.0**64
 
 
-def resolve_sources(spec: str | Sequence[str], format: str = "auto") -> list[Source]:
+def by_last_file(sources: Sequence[Source], split: Split) -> list[Source]:
+    """A side of a corpus whose last file is held out; DataError if that leaves nothing to train on."""
+    if len(sources) < 2:
+        raise DataError(
+            "data.validation_split: last_file needs two files at least, one to train on and one to hold out; "
+            f"there is {', '.join(source.name for source in sources) or 'none'}"
+        )
+    return {"all": list(sources), "train": [*sources[:-1]], "validation": [sources[-1]]}[split]
+
+
+def resolve_sources(
+    spec: str | Sequence[str], format: str = "auto", separator: int | None = None
+) -> list[Source]:
     """The files a spec means: a file, a folder (searched to the bottom, hidden names left out), a glob,
-    `stdlib:`, or a list of these. DataError if one of them matches nothing, or if the format is unknown.
+    `stdlib:`, or a list of these. separator: the byte that ends a document in files of raw bytes. DataError
+    if one of them matches nothing, if the format is unknown, or if no file has a separator.
     """
     if format not in FORMATS:
         raise DataError(f"data.format: {format!r} is none of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
@@ -68,7 +93,13 @@ def resolve_sources(spec: str | Sequence[str], format: str = "auto") -> list[Sou
     found: dict[Path, Source] = {}
     for entry in entries:
         for path, name in _matches(entry):
-            found.setdefault(path.resolve(), Source(path, name, _format_of(path, format)))
+            kind = _format_of(path, format)
+            found.setdefault(path.resolve(), Source(path, name, kind, separator if kind == "bytes" else None))
+    if separator is not None and not any(source.format == "bytes" for source in found.values()):
+        raise DataError(
+            f"data.separator is {separator}, but none of the files holds raw bytes; leave it out, or set "
+            "data.format: bytes"
+        )
     return list(found.values())
 
 
@@ -117,4 +148,4 @@ def _format_of(path: Path, format: str) -> Format:
         )
     if format == "auto":
         return _BY_SUFFIX.get(last, "text")
-    return "text" if format == "text" else "jsonl" if format == "jsonl" else "parquet"
+    return cast("Format", format)

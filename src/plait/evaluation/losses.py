@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from plait.config.errors import ConfigError
 from plait.inference.decoding import check_generates, evaluating
 from plait.mixers.attention import Attention
-from plait.models.block import Block
+from plait.mixers.contract import Mixer
 from plait.models.cache import Cache
 from plait.models.model import Model
 
@@ -61,6 +60,21 @@ def token_losses(
     attention looks back (while carried, between half and all of it); None: the whole document. ``carry``: see
     above; None: wherever the model can. ``batch_tokens``: tokens a call, which bounds the memory.
     """
+    return token_scores(
+        model, documents, start=start, max_context=max_context, carry=carry, batch_tokens=batch_tokens
+    )[0]
+
+
+def token_scores(
+    model: Model,
+    documents: Sequence[Sequence[int] | np.ndarray | Tensor],
+    *,
+    start: int | None,
+    max_context: int | None = None,
+    carry: bool | None = None,
+    batch_tokens: int | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As ``token_losses``, and beside them for every token whether it is the one the model thinks likeliest."""
     check_generates(model)
     if max_context is not None and max_context < 2:
         raise ConfigError(f"max_context is {max_context}; it must be at least 2, or None for whole documents")
@@ -68,9 +82,10 @@ def token_losses(
         raise ConfigError("carry is set, but the model has learned positions or a layer that keeps no state")
     carry = can_carry(model) if carry is None else carry
     budget = batch_tokens or max(_CHUNK, min(_BATCH_TOKENS, _BATCH_LOGITS // model.vocab_size))
-    grows = not all(_bounded(block) for block in _blocks(model))
+    grows = not all(_bounded(mixer) for mixer in model.mixers)
     texts = [torch.as_tensor(np.asarray(document, dtype=np.int64)) for document in documents]
-    run = _Run(model, texts, start, _no_losses(model, texts, start))
+    hits = [torch.zeros(len(text), dtype=torch.bool) for text in texts]
+    run = _Run(model, texts, start, _no_losses(model, texts, start), hits)
     sizes = [run.length(i) for i in range(len(texts))]
     order = sorted(range(len(texts)), key=lambda i: sizes[i])
     with torch.no_grad(), evaluating(model):
@@ -88,13 +103,13 @@ def token_losses(
             run.forward(batch)
         if long:
             run.carried(long, budget, max_context, grows)
-    return run.losses
+    return run.losses, run.hits
 
 
 def can_carry(model: Model) -> bool:
     """Whether a document's state can be carried from chunk to chunk, whatever its length."""
     learned = model.config.embedding.position == "learned"
-    return model.stateful and not learned and all(_bounded(b) or _is_ring(b) for b in _blocks(model))
+    return model.stateful and not learned and all(_bounded(m) or _is_ring(m) for m in model.mixers)
 
 
 def _no_losses(model: Model, texts: Sequence[Tensor], start: int | None) -> list[Tensor]:
@@ -109,12 +124,13 @@ def _no_losses(model: Model, texts: Sequence[Tensor], start: int | None) -> list
 
 @dataclass
 class _Run:
-    """Documents on their way through a model; ``losses`` are filled in piece by piece."""
+    """Documents on their way through a model; ``losses`` and ``hits`` are filled in piece by piece."""
 
     model: Model
     texts: list[Tensor]
     start: int | None
     losses: list[Tensor]
+    hits: list[Tensor]
 
     def length(self, document: int) -> int:
         """How many tokens of a document are predicted, and as many are read."""
@@ -146,11 +162,12 @@ class _Run:
         nats = F.cross_entropy(
             flat if flat.dtype == torch.float64 else flat.float(), targets, reduction="none"
         )
-        skip = int(self.start is None)
-        for piece, part in zip(pieces, nats.cpu().split([p.end - p.begin for p in pieces]), strict=True):
-            self.losses[piece.document][piece.count + skip : piece.end + skip] = part[
-                piece.count - piece.begin :
-            ]
+        hits = flat.argmax(-1) == targets
+        skip, sizes = int(self.start is None), [p.end - p.begin for p in pieces]
+        for kept, found in ((self.losses, nats), (self.hits, hits)):
+            for piece, part in zip(pieces, found.cpu().split(sizes), strict=True):
+                counted = part[piece.count - piece.begin :]
+                kept[piece.document][piece.count + skip : piece.end + skip] = counted
 
     def carried(self, documents: Sequence[int], budget: int, window: int | None, grows: bool) -> None:
         """Run documents in chunks, each lane of the cache one document after another."""
@@ -225,9 +242,9 @@ def _ring_cache(model: Model, n_seq: int, longest: int, window: int | None) -> C
     are fewer slots than positions. Layers with a window of their own keep that.
     """
     states = []
-    for block in _blocks(model):
-        slots = longest if window is None or _bounded(block) else min(window, longest)
-        states.append(block.mixer.init_state(n_seq, slots, model.device, model.dtype))
+    for mixer in model.mixers:
+        slots = longest if window is None or _bounded(mixer) else min(window, longest)
+        states.append(mixer.init_state(n_seq, slots, model.device, model.dtype))
     return Cache(states, torch.zeros(n_seq, dtype=torch.int64, device=model.device), [0] * n_seq, longest)
 
 
@@ -240,15 +257,11 @@ def _reset(cache: Cache, lane: int, blank: Cache) -> None:
     cache.lengths[lane] = 0
 
 
-def _bounded(block: Block) -> bool:
+def _bounded(mixer: Mixer) -> bool:
     """Whether a layer's state stays as large as it is, however many tokens come."""
     large = 1 << 24
-    return block.mixer.state_bytes(1, large) == block.mixer.state_bytes(1, 2 * large)
+    return mixer.state_bytes(1, large) == mixer.state_bytes(1, 2 * large)
 
 
-def _is_ring(block: Block) -> bool:
-    return isinstance(block.mixer, Attention)
-
-
-def _blocks(model: Model) -> list[Block]:
-    return list(cast(list[Block], model.blocks))
+def _is_ring(mixer: Mixer) -> bool:
+    return isinstance(mixer, Attention)

@@ -140,6 +140,19 @@ def load_weights(model: Model, folder: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
+def fill_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors under our names into a model, in their own dtype; ``source`` says in errors whence they come.
+
+    CheckpointError, and nothing changed, if one is missing, unknown or of another shape.
+    """
+    wanted = _holders(model)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (wanted, tensors)]
+    _check(source, *shapes)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            _fill(tensor, tensors[name], f"{source}: {name}")
+
+
 def _fill(tensor: Tensor, saved: Tensor, name: str) -> None:
     if saved.dtype == tensor.dtype:
         tensor.copy_(saved)
@@ -150,7 +163,9 @@ def _fill(tensor: Tensor, saved: Tensor, name: str) -> None:
         raise CheckpointError(f"{name} is {saved.dtype}, this model's {tensor.dtype}: it is of another model")
 
 
-def _check(path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _check(
+    path: Path | str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             raise CheckpointError(

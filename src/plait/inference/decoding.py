@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.config.errors import BuildError, CapacityError
+from plait.inference.graphs import StepGraphs, say_why_not, usable
 from plait.models.block import Block
 from plait.models.cache import Cache
 from plait.models.model import Model
@@ -59,7 +60,7 @@ def recompute(model: Model, texts: Sequence[Sequence[int]]) -> Tensor:
     """(S, V), the logits after whole texts, none of them empty, without any cache."""
     ids, bounds = _pack(texts, model.device)
     logits = model(ids, cu_seqlens=bounds).logits
-    return logits[0, (bounds[1:] - 1).to(logits.device)]
+    return logits[0, (bounds[1:] - 1).to(logits.device), : model.vocab_size]
 
 
 def check_generates(model: Model) -> None:
@@ -99,23 +100,45 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Cached:
-    """A batch of rows and its cache; ``samples`` rows go on from each prompt, which is run once."""
+    """A batch of rows and its cache; ``samples`` rows go on from each prompt, which is run once.
+
+    With ``graphs`` steps are recorded and replayed, unless a layer cannot be; ``logits`` are then overwritten by ``feed``.
+    """
 
     def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], capacity: int, samples: int, chunk: int | None
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        samples: int,
+        chunk: int | None,
+        graphs: bool = False,
     ) -> None:
         self._model = model
         self._cache = model.new_cache(len(prompts), capacity)
+        self._graphs = graphs
+        self._recorded: StepGraphs | None = None
         self.logits = prefill(model, prompts, self._cache, chunk=chunk)  # (rows, V)
         if samples > 1:
             self.keep([row for row in range(len(prompts)) for _ in range(samples)])
 
     def feed(self, ids: Tensor) -> None:
         """One more token a row, (rows,)."""
+        if self._graphs:
+            try:
+                self._recorded = self._recorded or StepGraphs(self._model, self._cache)
+                self.logits = self._recorded(ids)
+                return
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                say_why_not(str(error).splitlines()[0])
+                self._graphs, self._recorded = False, None
         self.logits = decode(self._model, ids, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows; they may repeat."""
+        self._recorded = None  # its buffers are those of the rows before
         self._cache = self._cache.select(rows)
         self.logits = self.logits[list(rows)]
 
@@ -148,11 +171,15 @@ def start(
     samples: int = 1,
     chunk: int | None = None,
     use_cache: bool = True,
+    graphs: bool = True,
 ) -> Cached | Recomputed:
-    """The rows after their prompts; warns once if a layer keeps no state, which makes generation slow."""
+    """The rows after their prompts; warns once if a layer keeps no state, which makes generation slow.
+
+    graphs: on a CUDA device, record the steps, if they are enough to be worth it.
+    """
     if use_cache and model.stateful:
         capacity = max(map(len, prompts), default=0) + max_new_tokens
-        return Cached(model, prompts, capacity, samples, chunk)
+        return Cached(model, prompts, capacity, samples, chunk, graphs and usable(model, max_new_tokens))
     if use_cache:
         index, block = next((i, b) for i, b in _layers(model) if not b.mixer.stateful)
         _say_once(

@@ -8,7 +8,7 @@ the rows have ended, the batch goes on with the others alone. ``generate`` gives
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from plait.inference.sampling import INVALID, Uniforms, sample
 from plait.inference.text import Finish, Row
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
+
+# (row, the token that was drawn for it) -> the token that it takes; rows that have ended may be asked for, too.
+Steer = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,17 @@ def stream_generate(
     *,
     attention_mask: Tensor | None = None,
     tokenizer: Tokenizer | None = None,
+    steer: Steer | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
     """As ``generate``, piece by piece: never half a character, nor a part of a stop string.
 
-    Mistakes raise at once, not at the first piece. The model is in eval mode from the first piece until the
-    iterator is exhausted or closed.
+    ``steer`` is asked at every token which one a row takes instead of the one that was drawn. Mistakes raise at
+    once, not at the first piece. The model is in eval mode from the first piece until the iterator is exhausted or
+    closed.
     """
-    return _run(_task(model, prompts, attention_mask, tokenizer, options), at_once=True)
+    task = _task(model, prompts, attention_mask, tokenizer, options)
+    return _run(replace(task, steer=steer), at_once=True)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class _Task:
     options: GenerateOptions
     ends: frozenset[int]
     seeds: list[int]
+    steer: Steer | None = None
 
 
 def _task(
@@ -171,6 +178,7 @@ def _run(task: _Task, *, at_once: bool) -> Iterator[Piece]:
             samples=samples,
             chunk=options.prefill_chunk,
             use_cache=options.use_cache,
+            graphs=options.graphs,
         )
         seen = _tokens_seen(prompts, state.logits) if options.penalizes else None
         uniforms = None if options.greedy else Uniforms(task.seeds, state.logits.device)
@@ -178,6 +186,8 @@ def _run(task: _Task, *, at_once: bool) -> Iterator[Piece]:
         for number in range(1, last + 1):
             uniform = None if uniforms is None else uniforms.next()
             ids = sample(state.logits, options, uniform=uniform, seen=seen)
+            if task.steer is not None:
+                ids = ids.new_tensor([task.steer(row, token) for row, token in zip(alive, ids.tolist())])
             waiting.append(ids)
             if watched or number == last:
                 yield from _read(waiting, rows, alive, task.ends, is_last=number == last)

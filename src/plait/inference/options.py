@@ -25,6 +25,7 @@ class GenerateOptions(Sampling):
     num_samples: continuations of each prompt; the prompt is run once.
     prefill_chunk: at most so many tokens of a prompt a call, which bounds the memory; None: the whole prompt.
     use_cache: False runs over the whole text for every token: slow, for comparison.
+    graphs: on a CUDA device, record a step once and replay it; False launches its kernels one by one.
     add_bos: prompts given as text begin with the tokenizer's bos, as documents do in training.
     """
 
@@ -36,6 +37,7 @@ class GenerateOptions(Sampling):
     num_samples: int = 1
     prefill_chunk: int | None = None
     use_cache: bool = True
+    graphs: bool = True
     add_bos: bool = True
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Softmax attention: multi-head, grouped or multi-query; full or partial RoPE; QK norm; sliding window.
+"""Softmax attention: multi-head, grouped or multi-query; RoPE; QK norm; sliding window; value embeddings.
 
 Glossary: H heads, Hk key/value heads, P head width, R slots of the ring buffer that holds keys and values.
 Position p lives in slot p mod R. Without a window R is the capacity, so the slot is the position.
@@ -7,7 +7,7 @@ Sources: arXiv 1706.03762 (attention), 2305.13245 (grouped queries), 2104.09864 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,8 @@ from torch import Tensor
 from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops
-from plait.nn.linear import make_linear
+from plait.mixers.value_embedding import ValueEmbedding
+from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.rope import apply_rope
 from plait.ops.attention import attention, cached_attention
 from plait.ops.gated_norm import gated_norm
@@ -32,12 +33,21 @@ class Options(MixerOptions):
     rope_base: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="share of a head's channels that is rotated")
     rope_interleaved: bool = Field(False, description="rotate pairs (2i, 2i+1) instead of (i, i + half)")
+    rope_reverse: bool = Field(False, description="rotate by minus the angles (nanochat)")
+    rope_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="cos and sin are rounded to this precision"
+    )
     qk_norm: bool = Field(False, description="RMS norm without weights on queries and keys, after RoPE")
+    qk_scale: float = Field(1.0, gt=0, description="factor of the queries and of the keys, after the norm")
     window: int | None = Field(None, gt=0, description="a token sees itself and window-1 tokens before it")
     scale: float | None = Field(None, description="factor of the scores; None: headdim ** -0.5")
     bias: bool = Field(False, description="bias of the query, key and value projections")
     out_bias: bool | None = Field(None, description="bias of the output projection; None: as `bias`")
     attn_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the attention weights")
+    value_embedding: bool = Field(False, description="add a gated vector of the token's id to the values")
+    value_gate_channels: int = Field(
+        12, gt=0, description="value embedding: how many channels of x its gates look at"
+    )
     causal: bool | None = Field(None, description="look only back; None: as the model")
 
 
@@ -46,6 +56,7 @@ class Attention(Mixer):
 
     options_class: ClassVar = Options
     normal_init: ClassVar = True
+    reads_ids: ClassVar = True
 
     def __init__(
         self,
@@ -54,7 +65,8 @@ class Attention(Mixer):
         *,
         causal: bool = True,
         layer_index: int = 0,
-        linear: str = "dense",
+        linear: LinearSpec = "dense",
+        vocab_rows: int = 0,
     ) -> None:
         super().__init__(
             d_in=d_model, d_out=d_model, causal=causal if options.causal is None else options.causal
@@ -74,14 +86,27 @@ class Attention(Mixer):
         self.n_angles = int(self.headdim * options.rope_fraction) // 2 if options.rope else 0
         self.rope_base = options.rope_base
         self.rope_interleaved = options.rope_interleaved
+        self.rope_reverse = options.rope_reverse
+        self.rope_tables = torch.bfloat16 if options.rope_dtype == "bfloat16" else torch.float32
         self.qk_norm = options.qk_norm
+        self.qk_scale = options.qk_scale
         self.window = options.window
         self.scale = options.scale
         self.attn_dropout = options.attn_dropout
-        width = (self.n_head + 2 * self.n_kv_head) * self.headdim
+        parts = [n * self.headdim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         out_bias = options.bias if options.out_bias is None else options.out_bias
-        self.in_proj = make_linear(d_model, width, bias=options.bias, kind=linear)
+        self.in_proj = make_linear(d_model, sum(parts), bias=options.bias, kind=linear, parts=parts)
         self.out_proj = make_linear(self.n_head * self.headdim, d_model, bias=out_bias, kind=linear)
+        self.value_embedding: ValueEmbedding | None = None
+        if options.value_embedding:
+            self.value_embedding = ValueEmbedding(
+                vocab_rows,
+                d_model,
+                self.n_kv_head,
+                self.headdim,
+                options.value_gate_channels,
+                f"layer {layer_index} (attention)",
+            )
 
     def residual_weights(self) -> list[Tensor]:
         """The output projection."""
@@ -126,7 +151,9 @@ class Attention(Mixer):
     def step(self, x: Tensor, layout: Layout, state: State) -> Tensor:
         """Write only the new keys and values where no slot is written twice, then read the buffers."""
         q, k, v = self._project(x, layout)
-        if self.window is not None and layout.max_new != 1:
+        # a ring smaller than the window holds all tokens there will ever be: no slot is written twice
+        wraps = self.window is not None and state["k"].shape[1] >= self.window
+        if wraps and layout.max_new != 1:
             y = self._attend_past(q, k, v, layout, state)
             for name, t in (("k", k), ("v", v)):
                 state[name].copy_(_append(state[name], t, layout, state[name].shape[1]))
@@ -144,15 +171,20 @@ class Attention(Mixer):
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Projections, and two products of each query with the keys it sees."""
         reach = n_past + n_new if self.window is None else min(self.window, n_past + n_new)
-        # without a window and causal, query i sees n_past + i + 1 keys
-        seen = n_past * n_new + n_new * (n_new + 1) // 2 if self.causal and reach > n_new else n_new * reach
-        return n_new * linear_flops(self) + 4 * seen * self.n_head * self.headdim
+        if self.causal:  # query i sees n_past + i + 1 keys, until that is more than the window
+            growing = max(0, min(n_new, reach - n_past))
+            seen = growing * n_past + growing * (growing + 1) // 2 + (n_new - growing) * reach
+        else:  # itself, and up to reach - 1 on either side
+            seen = n_new + (reach - 1) * (2 * n_new - reach)
+        gate = 0 if self.value_embedding is None else 2 * self.value_embedding.gate.numel()
+        return n_new * (linear_flops(self) + gate) + 4 * seen * self.n_head * self.headdim
 
     def _project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.in_proj(x).unflatten(-1, (-1, self.headdim))
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], -2)
-        q, k = self._positioned(q, layout), self._positioned(k, layout)
-        return q, k, v
+        if self.value_embedding is not None:
+            v = v + self.value_embedding(x, layout.ids)
+        return self._positioned(q, layout), self._positioned(k, layout), v
 
     def _positioned(self, x: Tensor, layout: Layout) -> Tensor:
         if self.n_angles:
@@ -162,9 +194,12 @@ class Attention(Mixer):
                 base=self.rope_base,
                 n_angles=self.n_angles,
                 interleaved=self.rope_interleaved,
+                reverse=self.rope_reverse,
+                tables=self.rope_tables,
             )
         # torch's default of eps for float32, with which models of this norm were trained, in every precision
-        return gated_norm(x, eps=torch.finfo(torch.float32).eps) if self.qk_norm else x
+        x = gated_norm(x, eps=torch.finfo(torch.float32).eps) if self.qk_norm else x
+        return x if self.qk_scale == 1 else x * self.qk_scale
 
     def _attend_past(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: State) -> Tensor:
         """Attend to past and new tokens through temporary buffers large enough for both."""

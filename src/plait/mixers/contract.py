@@ -41,7 +41,9 @@ class Mixer(nn.Module):
     options_class: ClassVar[type[Options]]
     roles: ClassVar[dict[str, Role]] = {}
     stateful: bool = True
-    normal_init: ClassVar[bool] = False  # linear maps from N(0, init_std) instead of U(+-1/sqrt(fan_in))
+    normal_init: ClassVar[bool] = False  # linear maps by the scheme of `init` instead of U(+-1/sqrt(fan_in))
+    draws_all: ClassVar[bool] = False  # reset_parameters writes the weights of all modules inside as well
+    reads_ids: ClassVar[bool] = False  # the constructor takes `vocab_rows` too, rows of a table of token ids
 
     def __init__(self, *, d_in: int, d_out: int, causal: bool = True) -> None:
         super().__init__()

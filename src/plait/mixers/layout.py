@@ -25,6 +25,7 @@ class Layout:
     max_past: int  # no sequence has more tokens in its state
     cu_seqlens: Tensor | None = None  # (S+1,) int32, packed only
     seq_index: Tensor | None = None  # (n,) int64, packed only: the sequence of each token
+    ids: Tensor | None = None  # (S, T) or (1, n): the new tokens themselves, if x was made of ids
 
     @staticmethod
     def dense(
@@ -34,12 +35,13 @@ class Layout:
         start: Tensor | None = None,
         max_past: int = 0,
         device: torch.device | str | None = None,
+        ids: Tensor | None = None,
     ) -> Layout:
         """S sequences of the same number of new tokens."""
         if start is None:
             start = torch.zeros(n_seq, dtype=torch.int64, device=device)
         positions = start[:, None] + torch.arange(length, device=start.device)
-        return Layout(start, positions, length, max_past)
+        return Layout(start, positions, length, max_past, ids=ids)
 
     @staticmethod
     def packed(
@@ -50,6 +52,7 @@ class Layout:
         start: Tensor | None = None,
         max_past: int = 0,
         device: torch.device | str | None = None,
+        ids: Tensor | None = None,
     ) -> Layout:
         """Sequences of any length side by side in one row of ``n_tokens``, bounded by ``cu_seqlens`` (S+1)."""
         cu = torch.as_tensor(cu_seqlens, dtype=torch.int32, device=device)
@@ -57,7 +60,7 @@ class Layout:
             start = torch.zeros(cu.shape[0] - 1, dtype=torch.int64, device=cu.device)
         seq_index, offset = token_map(cu, n_tokens)
         positions = start[seq_index] + offset
-        return Layout(start, positions[None], max_new, max_past, cu, seq_index)
+        return Layout(start, positions[None], max_new, max_past, cu, seq_index, ids)
 
     @staticmethod
     def from_lengths(

@@ -20,7 +20,7 @@ from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
-from plait.nn.linear import make_linear
+from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
 from plait.ops.causal_conv1d import causal_conv1d
@@ -63,7 +63,7 @@ class Mamba2(Mixer):
         *,
         causal: bool = True,
         layer_index: int = 0,
-        linear: str = "dense",
+        linear: LinearSpec = "dense",
     ) -> None:
         super().__init__(d_in=d_model, d_out=d_model)
         self.options = options
@@ -85,9 +85,9 @@ class Mamba2(Mixer):
             )
         self.dt_limit = options.dt_limit
         self.d_xbc = self.d_ssm + 2 * self.ngroups * self.d_state
-        self.in_proj = make_linear(
-            d_model, 2 * self.d_mlp + self.d_ssm + self.d_xbc + self.n_head, bias=options.bias, kind=linear
-        )
+        states = self.ngroups * self.d_state
+        parts = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_ssm, states, states, self.n_head]
+        self.in_proj = make_linear(d_model, sum(parts), bias=options.bias, kind=linear, parts=parts)
         self.conv1d = nn.Conv1d(
             self.d_xbc, self.d_xbc, options.d_conv, groups=self.d_xbc, bias=options.conv_bias
         )

@@ -25,7 +25,7 @@ from plait.config.errors import BuildError, ConfigError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
-from plait.nn.linear import make_linear
+from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
 from plait.nn.rope import rotate_pairs
@@ -83,7 +83,7 @@ class Mamba3(Mixer):
         *,
         causal: bool = True,
         layer_index: int = 0,
-        linear: str = "dense",
+        linear: LinearSpec = "dense",
     ) -> None:
         super().__init__(d_in=d_model, d_out=d_model)
         self.options = options
@@ -110,7 +110,7 @@ class Mamba3(Mixer):
             )
         states = self.rank * self.ngroups * self.d_state
         self.widths = [self.d_inner, self.d_inner, states, states, *[self.n_head] * 3, self.n_angles]
-        self.in_proj = make_linear(d_model, sum(self.widths), kind=linear)
+        self.in_proj = make_linear(d_model, sum(self.widths), kind=linear, parts=self.widths)
         self.dt_bias = nn.Parameter(torch.empty(self.n_head))
         self.B_bias = nn.Parameter(torch.empty(self.n_head, self.rank, self.d_state))
         self.C_bias = nn.Parameter(torch.empty(self.n_head, self.rank, self.d_state))

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, state_dtype
+from plait.nn.linear import LinearSpec, linear_kind
 
 
 class RecurrentOptions(MixerOptions):
@@ -41,8 +42,13 @@ class Recurrent(Mixer):
         *,
         causal: bool = True,
         layer_index: int = 0,
-        linear: str = "dense",
+        linear: LinearSpec = "dense",
     ) -> None:
+        if linear_kind(linear) != "dense":
+            raise BuildError(
+                f"layer {layer_index}: the gates of a recurrent layer are dense; set linear: dense for it "
+                "(mlp.linear may differ)"
+            )
         directions = 2 if options.bidirectional else 1
         if options.d_hidden is None and d_model % directions:
             raise BuildError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plait.config.options import Options as MixerOptions
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
-from plait.nn.linear import make_linear
+from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.roles import VECTOR_FP32
 from plait.ops.diagonal_ssm import diagonal_ssm
 
@@ -58,7 +58,7 @@ class S4D(Mixer):
         *,
         causal: bool = True,
         layer_index: int = 0,
-        linear: str = "dense",
+        linear: LinearSpec = "dense",
     ) -> None:
         super().__init__(d_in=d_model, d_out=d_model)
         self.options = options
@@ -71,9 +71,8 @@ class S4D(Mixer):
         self.B = nn.Parameter(torch.empty(*self.shape, *pair))  # complex numbers as pairs (re, im)
         self.C = nn.Parameter(torch.empty(*self.shape, *pair))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out_proj = make_linear(
-            d_model, 2 * d_model if options.gate else d_model, bias=options.bias, kind=linear
-        )
+        parts = [d_model, d_model] if options.gate else [d_model]
+        self.out_proj = make_linear(d_model, sum(parts), bias=options.bias, kind=linear, parts=parts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -35,6 +35,13 @@ class InputMix(nn.Module):
         if self.share is not None:
             nn.init.zeros_(self.share)
 
+    def fill(self, scale: float, share: float) -> None:
+        """Begin as scale * x + share * embedded, as far as they are learned."""
+        if self.scale is not None:
+            nn.init.constant_(self.scale, scale)
+        if self.share is not None:
+            nn.init.constant_(self.share, share)
+
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         """x and embedded: (..., d_model)."""
         if self.scale is not None:
@@ -43,17 +50,24 @@ class InputMix(nn.Module):
 
 
 class Block(nn.Module):
-    """One strand of the plait: a mixer of any kind with its norms, residuals and MLP."""
+    """One strand of the plait: a mixer of any kind with its norms, residuals and MLP.
 
-    def __init__(self, layer: LayerConfig, d_in: int, *, causal: bool, index: int) -> None:
+    ``vocab_rows``: the rows of a table of token ids, for mixers that look at ids.
+    """
+
+    def __init__(
+        self, layer: LayerConfig, d_in: int, *, causal: bool, index: int, vocab_rows: int = 0
+    ) -> None:
         super().__init__()
         self.kind = layer.kind
         options = layer.block
         self.place = options.norm.place
         self.residual = options.residual.kind != "none"
         normed = self.place != "none" and options.norm.kind != "none"
-        self.mixer: Mixer = mixer_class(layer.kind)(
-            layer.options, d_in, causal=causal, layer_index=index, linear=options.linear
+        made = mixer_class(layer.kind)
+        more = {"vocab_rows": vocab_rows} if made.reads_ids else {}
+        self.mixer: Mixer = made(
+            layer.options, d_in, causal=causal, layer_index=index, linear=options.linear, **more
         )
         d_out = self.mixer.d_out
         if self.mixer.d_in != d_in:

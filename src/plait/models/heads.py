@@ -9,63 +9,115 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plait.config.errors import BuildError, DataError
 from plait.config.schema import HeadConfig, NormConfig
 from plait.mixers.layout import Layout
+from plait.models.linear_loss import linear_cross_entropy, pays
 from plait.models.loss import cross_entropy
 from plait.nn.linear import make_linear
 from plait.nn.mlp import ACTIVATIONS
 from plait.nn.norm import make_norm
-from plait.nn.roles import EMBEDDING, VECTOR
+from plait.nn.roles import UNEMBEDDING, VECTOR
 
 
 class Unembedding(nn.Module):
     """Hidden states to logits over the vocabulary; the weight may be the embedding's."""
 
-    roles = {"weight": EMBEDDING, "bias": VECTOR}  # noqa: RUF012
+    roles = {"weight": UNEMBEDDING, "bias": VECTOR}  # noqa: RUF012
 
     def __init__(self, d_in: int, rows: int, *, bias: bool, tied: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, d_in)) if tied is None else cast("nn.Parameter", tied)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self.tied = tied is not None
+        self.std = 0.02
 
     def reset_parameters(self, std: float) -> None:
         """Draw the weight from N(0, std) unless it is the embedding's; the bias is zero."""
+        self.std = std
         if not self.tied:
-            nn.init.normal_(self.weight, std=std)
+            self.draw(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def draw(self, rows: Tensor) -> None:
+        """Overwrite ``rows`` (n, d_in) with new ones."""
+        nn.init.normal_(rows, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., rows)."""
         return F.linear(x, self.weight, self.bias)
 
 
+class GivenLogits(Unembedding):
+    """In the place of the output map where the last layer's outputs are the logits."""
+
+    def __init__(self, d_in: int, rows: int) -> None:
+        nn.Module.__init__(self)
+        if d_in != rows:
+            raise BuildError(
+                f"head: project is false, but the last layer is {d_in} wide and the vocabulary has {rows} rows"
+            )
+        self.bias = None
+        self.tied = False
+
+    def reset_parameters(self, std: float) -> None:
+        """There is nothing to draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x as it is."""
+        return x
+
+
 class LMHead(nn.Module):
-    """Logits (..., vocab_size) from hidden states (..., d); rows that only pad the vocabulary are cut off."""
+    """Logits (..., vocab_size) from hidden states (..., d).
+
+    Rows that only pad the vocabulary are cut off, unless the config wants them: then logits are (..., rows).
+    """
 
     def __init__(
         self, config: HeadConfig, d_in: int, vocab_size: int, rows: int, tied: Tensor | None, eps: float
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.padded = config.padded
         self.softcap = config.softcap
+        self.projects = config.project
         self.activation: Callable[[Tensor], Tensor] | None = ACTIVATIONS.get(config.transform)
         if self.activation is not None:  # BERT's prediction head
             self.transform = make_linear(d_in, d_in, bias=True)
             self.norm = make_norm(NormConfig(kind="layer", eps=eps), d_in)
-        self.unembedding = Unembedding(d_in, rows, bias=config.bias, tied=tied)
+        self.unembedding = (
+            Unembedding(d_in, rows, bias=config.bias, tied=tied)
+            if config.project
+            else GivenLogits(d_in, rows)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., d) -> logits (..., vocab_size)."""
-        if self.activation is not None:
-            hidden = self.norm(self.activation(self.transform(hidden)))
-        logits = self.unembedding(hidden)
-        if logits.shape[-1] != self.vocab_size:
+        """hidden (..., d) -> logits (..., vocab_size), or (..., rows) if padding counts."""
+        logits = self.unembedding(self._transformed(hidden))
+        if logits.shape[-1] != self.vocab_size and not self.padded:
             logits = logits[..., : self.vocab_size]
         if self.softcap is not None:  # in float32: near the cap bfloat16 cannot tell neighbours apart
-            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            logits = self.softcap * torch.tanh(wide / self.softcap)
         return logits
+
+    def splits_loss(self, hidden: Tensor) -> bool:
+        """Whether ``loss`` of hidden states (..., d) is better than the logits' cross-entropy: if they are many."""
+        n_tokens = hidden.numel() // max(1, hidden.shape[-1])
+        return self.projects and pays(n_tokens, self.vocab_size, hidden.device)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over targets (...), in nats, and their number, without the logits of all hidden states (..., d)."""
+        weight: Tensor = self.unembedding.weight
+        bias: Tensor | None = self.unembedding.bias
+        if weight.shape[0] != self.vocab_size and not self.padded:
+            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return linear_cross_entropy(self._transformed(hidden), weight, bias, targets, softcap=self.softcap)
+
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        return hidden if self.activation is None else self.norm(self.activation(self.transform(hidden)))
 
 
 class ClassificationHead(nn.Module):
@@ -87,10 +139,19 @@ class ClassificationHead(nn.Module):
         return self.classifier(self.dropout(x))
 
     def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and count over sequences: cross-entropy of class ids, or squared error when there is one label."""
+        """Sum and count over sequences: cross-entropy of class ids, or squared error when there is one label.
+
+        labels (S,) or (S, 1); DataError for any other shape.
+        """
+        n_seq = logits.shape[0]
+        if labels.shape not in ((n_seq,), (n_seq, 1)):
+            raise DataError(
+                f"labels have shape {tuple(labels.shape)}; they must be ({n_seq},), one for each sequence"
+            )
+        labels = labels.reshape(n_seq)
         if self.num_labels > 1:
-            return cross_entropy(logits, labels.reshape(logits.shape[:-1]))
-        error = logits[:, 0].float() - labels.reshape(-1).float()
+            return cross_entropy(logits, labels)
+        error = logits[:, 0].float() - labels.float()
         return error.square().sum(), torch.tensor(error.numel(), device=error.device)
 
 

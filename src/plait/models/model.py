@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 from typing import Any, cast
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from plait.config.errors import BuildError, CapacityError, DataError
 from plait.config.lazy import load_object
 from plait.config.schema import ModelConfig
+from plait.mixers.contract import Mixer
+from plait.mixers.smear import Smear
+from plait.models.backout import Backout
 from plait.models.block import Block
 from plait.models.cache import Cache
 from plait.models.door import Entry, enter
 from plait.models.heads import ClassificationHead, LMHead, pool
 from plait.models.init import init_weights
+from plait.models.later import later
 from plait.models.loss import cross_entropy, next_token_targets
 from plait.models.output import Output
 from plait.models.resize import resize_vocabulary
@@ -48,12 +52,15 @@ class Model(nn.Module):
         d_in = config.embedding.width or config.d_model
         with torch.device(device or torch.get_default_device()):
             self.embedding = Embedding(config.embedding, rows, d_in)
+            smear = config.embedding.smear
+            self.smear = Smear(d_in, config.embedding.smear_channels) if smear else None
             blocks: list[Block] = []
             for index, layer in enumerate(config.layers()):
-                blocks.append(Block(layer, d_in, causal=config.causal, index=index))
+                blocks.append(Block(layer, d_in, causal=config.causal, index=index, vocab_rows=rows))
                 d_in = blocks[-1].d_out
             # typed as what it holds: a ModuleList is only known to hold modules
             self.blocks = cast("MutableSequence[Block]", nn.ModuleList(blocks))
+            self.backout = self._make_backout(blocks) if config.backout else None
             self.final_norm = make_norm(config.final_norm, d_in)
             self.head = self._make_head(d_in, rows)
         self.d_out = d_in
@@ -64,6 +71,15 @@ class Model(nn.Module):
             init_weights(self)
         if dtype is not None:
             self.to(dtype)
+
+    def _make_backout(self, blocks: list[Block]) -> Backout:
+        backout = Backout(len(blocks))
+        middle, last = blocks[backout.after].d_out, blocks[-1].d_out
+        if middle != last:
+            raise BuildError(
+                f"backout: layer {backout.after} is {middle} wide but the last one {last}; make them equal"
+            )
+        return backout
 
     def _make_head(self, d_in: int, rows: int) -> nn.Module | None:
         config = self.config.head
@@ -89,9 +105,15 @@ class Model(nn.Module):
         return self.embedding.tokens.weight.dtype
 
     @property
+    def mixers(self) -> list[Mixer]:
+        """Everything that mixes along time, in the order of ``Cache.states``: the blocks' mixers, the smear."""
+        mixers = [block.mixer for block in self.blocks]
+        return mixers if self.smear is None else [*mixers, self.smear]
+
+    @property
     def stateful(self) -> bool:
         """Whether every layer keeps a state, so that generation need not recompute the prefix."""
-        return all(block.mixer.stateful for block in self.blocks)
+        return all(mixer.stateful for mixer in self.mixers)
 
     def materialize(self, device: torch.device | str) -> Model:
         """Allocate and initialise a model that was built on the meta device."""
@@ -103,7 +125,7 @@ class Model(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         cache: Cache | None = None,
@@ -111,22 +133,33 @@ class Model(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_len: int | None = None,
         token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits: bool = False,
     ) -> Output:
         """Logits, and the loss if labels are given; differentiable, through a given cache too.
 
         input_ids (B, T) with an optional attention_mask (B, T; 0 marks pads anywhere), or one packed row (1, n)
-        with cu_seqlens (S+1), whose longest sequence has at most ``max_len`` tokens. Labels are unshifted ids
+        with cu_seqlens (S+1), whose longest sequence has at most ``max_len`` tokens; or, in their place,
+        inputs_embeds (B, T, d) that stand for the rows of the embedding's table. Labels are unshifted ids
         (B, T), -100 ignored, and are shifted once in here for a causal model; (B,) for classification.
         A given cache is left as it was; the one after these tokens is ``output.cache``.
+        The loss of many tokens over a large vocabulary is computed in parts, without their logits in memory;
+        ``output.logits`` are then computed when they are read, before the weights change, or at once with ``logits``.
         """
-        entry = enter(input_ids, attention_mask, cu_seqlens, max_len, cache)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise DataError("give either input_ids or inputs_embeds")
+        tokens = cast("Tensor", inputs_embeds if input_ids is None else input_ids)
+        entry = enter(tokens, attention_mask, cu_seqlens, max_len, cache)
         self._check(entry, cache)
-        x = embedded = self._embed(entry, token_type_ids)
-        states = []
-        for index, block in enumerate(self.blocks):
-            x, state = block(x, entry.layout, None if cache is None else cache.states[index], embedded)
-            states.append(state)
-        out = self._finish(self.final_norm(x), entry, labels)
+        states = [] if cache is None else list(cache.states)
+
+        def run(part: nn.Module, place: int, x: Tensor, *more: Tensor) -> Tensor:
+            y, new = part(x, entry.layout, states[place] if states else None, *more)
+            if states:
+                states[place] = new
+            return y
+
+        out = self._finish(self._trunk(entry, token_type_ids, run), entry, labels, logits)
         if cache is not None:
             out.cache = Cache(states, cache.positions.clone(), list(cache.lengths), cache.capacity)
             out.cache.advance(entry.lengths, entry.layout.lengths)
@@ -149,22 +182,24 @@ class Model(nn.Module):
         """
         entry = enter(input_ids, attention_mask, cu_seqlens, None, cache)
         self._check(entry, cache)
-        x = embedded = self._embed(entry, None)
-        for block, state in zip(self.blocks, cache.states, strict=True):
-            x = block.step(x, entry.layout, state, embedded)
-        cache.advance(entry.lengths, entry.layout.lengths)
         if not isinstance(self.head, LMHead):
             raise BuildError(f"step gives token logits, which a {self.config.head.kind} head does not have")
-        x = self.final_norm(x)
+
+        def run(part: Any, place: int, x: Tensor, *more: Tensor) -> Tensor:
+            y: Tensor = part.step(x, entry.layout, cache.states[place], *more)
+            return y
+
+        x = self._trunk(entry, None, run)
+        cache.advance(entry.lengths, entry.layout.lengths)
         if last_only:
-            return self.head(pool(x, entry.layout, "last"))
-        return entry.restore_pads(self.head(x))
+            return self.head(pool(x, entry.layout, "last"))[..., : self.vocab_size]
+        return entry.restore_pads(self.head(x)[..., : self.vocab_size])
 
     def new_cache(self, n_seq: int, capacity: int) -> Cache:
         """An empty cache for ``n_seq`` sequences of at most ``capacity`` tokens each."""
         self._require("causal", "a cache", "it needs layers that look only back")
         self._require("stateful", "a cache", "generate recomputes the prefix for such layers")
-        states = [b.mixer.init_state(n_seq, capacity, self.device, self.dtype) for b in self.blocks]
+        states = [mixer.init_state(n_seq, capacity, self.device, self.dtype) for mixer in self.mixers]
         positions = torch.zeros(n_seq, dtype=torch.int64, device=self.device)
         return Cache(states, positions, [0] * n_seq, capacity)
 
@@ -179,8 +214,12 @@ class Model(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; a tied weight counts once, where it is first used."""
         counts = {"embedding": _count(self.embedding)}
+        if self.smear is not None:
+            counts["smear"] = _count(self.smear)
         for index, block in enumerate(self.blocks):
             counts[f"block {index} ({block.kind})"] = _count(block)
+        if self.backout is not None:
+            counts["backout"] = _count(self.backout)
         counts["final_norm"] = _count(self.final_norm)
         total = _count(self)
         counts["head"] = total - sum(counts.values())
@@ -190,7 +229,8 @@ class Model(nn.Module):
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Operations of a forward over ``n_new`` tokens of one sequence after ``n_past``."""
         head = 0 if self.head is None else sum(p.numel() for p in self.head.parameters() if p.dim() == 2)
-        return sum(block.flops(n_new, n_past) for block in self.blocks) + 2 * n_new * head
+        smear = 0 if self.smear is None else self.smear.flops(n_new, n_past)
+        return sum(block.flops(n_new, n_past) for block in self.blocks) + smear + 2 * n_new * head
 
     def _require(self, quality: str, purpose: str, advice: str) -> None:
         for index, block in enumerate(self.blocks):
@@ -215,22 +255,40 @@ class Model(nn.Module):
                 "model.embedding.max_positions"
             )
 
-    def _embed(self, entry: Entry, token_types: Tensor | None) -> Tensor:
-        types = None if token_types is None else entry.drop_pads(token_types)
-        return self.embedding(entry.ids, entry.layout.positions, types)
+    def _trunk(self, entry: Entry, token_types: Tensor | None, run: Callable[..., Tensor]) -> Tensor:
+        """From tokens to the hidden states before the head: (S, T, d) or (1, n, d).
 
-    def _finish(self, hidden: Tensor, entry: Entry, labels: Tensor | None) -> Output:
+        ``run(part, place, x, ...)`` sends x through a block or the smear, whose state is in that place of the cache.
+        """
+        types = None if token_types is None else entry.drop_pads(token_types)
+        x: Tensor = self.embedding(entry.tokens, entry.layout.positions, types)
+        if self.smear is not None:
+            x = run(self.smear, len(self.blocks), x)
+        embedded = middle = x
+        for index, block in enumerate(self.blocks):
+            x = run(block, index, x, embedded)
+            if self.backout is not None and index == self.backout.after:
+                middle = x
+        if self.backout is not None:
+            x = self.backout(x, middle)
+        hidden: Tensor = self.final_norm(x)
+        return hidden
+
+    def _finish(self, hidden: Tensor, entry: Entry, labels: Tensor | None, logits: bool) -> Output:
         out = Output(hidden=entry.restore_pads(hidden))
         if isinstance(self.head, ClassificationHead):
-            out.logits = self.head(hidden, entry.layout)
+            out.logits = pooled = self.head(hidden, entry.layout)
             if labels is not None:
-                out.loss_sum, out.n_targets = self.head.loss(out.logits, labels)
+                out.loss_sum, out.n_targets = self.head.loss(pooled, labels)
         elif isinstance(self.head, LMHead):
-            logits = self.head(hidden)
-            if labels is not None:
-                targets = self._targets(entry, labels)
-                out.loss_sum, out.n_targets = cross_entropy(logits, targets)
-            out.logits = entry.restore_pads(logits)
+            if labels is not None and not logits and self.head.splits_loss(hidden):
+                out.loss_sum, out.n_targets = self.head.loss(hidden, self._targets(entry, labels))
+                out.logits = later(self.head, hidden, entry)
+            else:
+                made = self.head(hidden)
+                if labels is not None:
+                    out.loss_sum, out.n_targets = cross_entropy(made, self._targets(entry, labels))
+                out.logits = entry.restore_pads(made)
         elif labels is not None:
             raise DataError("labels were given to a model whose head gives features, which has no loss")
         if out.loss_sum is not None and out.n_targets is not None:

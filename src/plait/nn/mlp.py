@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.config.schema import MLPConfig
-from plait.nn.linear import make_linear
+from plait.nn.linear import LinearSpec, make_linear
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -37,13 +37,14 @@ def mlp_width(config: MLPConfig, d_model: int) -> int:
 class MLP(nn.Module):
     """(..., d_model) -> (..., d_model): fc2(act(fc1 x)), or fc2(u * silu(g)) with [u, g] = fc1 x for SwiGLU."""
 
-    def __init__(self, config: MLPConfig, d_model: int, *, linear: str = "dense") -> None:
+    def __init__(self, config: MLPConfig, d_model: int, *, linear: LinearSpec = "dense") -> None:
         super().__init__()
         self.kind = config.kind
         width = mlp_width(config, d_model)
-        self.fc1 = make_linear(
-            d_model, 2 * width if config.kind == "swiglu" else width, bias=config.bias, kind=linear
-        )
+        if config.linear is not None:
+            linear = config.linear
+        parts = [width, width] if config.kind == "swiglu" else [width]
+        self.fc1 = make_linear(d_model, sum(parts), bias=config.bias, kind=linear, parts=parts)
         self.fc2 = make_linear(width, d_model, bias=config.bias, kind=linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,4 +61,4 @@ class MLP(nn.Module):
 
     def flops(self, n_tokens: int) -> int:
         """Multiply-adds of the matrix products, counted as two operations each."""
-        return 2 * n_tokens * sum(p.numel() for n, p in self.named_parameters() if n.endswith("weight"))
+        return 2 * n_tokens * sum(p.numel() for p in self.parameters() if p.dim() == 2)

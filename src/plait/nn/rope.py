@@ -24,15 +24,29 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fal
 
 def rope_tables(positions: Tensor, n_angles: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin (..., 1, R) of ``positions`` (...) times the R frequencies base^(-i/R), in float32."""
-    exponent = torch.arange(n_angles, device=positions.device, dtype=torch.float32) / n_angles
-    angle = positions[..., None].float() * base**-exponent
+    # in the order in which everybody else rounds: tables rounded further to bfloat16 are then equal, too
+    exponent = torch.arange(0, 2 * n_angles, 2, device=positions.device, dtype=torch.float32) / (2 * n_angles)
+    angle = positions[..., None].float() * (1.0 / base**exponent)
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
 def apply_rope(
-    x: Tensor, positions: Tensor, *, base: float, n_angles: int, interleaved: bool = False
+    x: Tensor,
+    positions: Tensor,
+    *,
+    base: float,
+    n_angles: int,
+    interleaved: bool = False,
+    reverse: bool = False,
+    tables: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rotate x (..., T, H, P) by the positions (..., T) of its tokens; computed in float32, returned in x's dtype."""
+    """Rotate x (..., T, H, P) by the positions (..., T) of its tokens; computed in float32, returned in x's dtype.
+
+    ``reverse``: by minus the angles. ``tables``: cos and sin are rounded to this dtype before they are used.
+    """
     cos, sin = rope_tables(positions, n_angles, base)
+    cos, sin = cos.to(tables), sin.to(tables)
+    if reverse:
+        sin = -sin
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return rotate_pairs(x.to(wide), cos.to(wide), sin.to(wide), interleaved=interleaved).to(x.dtype)

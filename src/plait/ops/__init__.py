@@ -17,4 +17,6 @@ OPERATORS: tuple[str, ...] = (
     "plait.ops.selective_scan:SELECTIVE_SCAN",
     "plait.ops.ssd:SSD",
     "plait.ops.ssd:TRAPEZOIDAL_SSD",
+    "plait.ops.ternary:INT8_ROWS",
+    "plait.ops.ternary:TERNARY_WEIGHT",
 )

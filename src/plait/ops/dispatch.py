@@ -30,6 +30,8 @@ BACKENDS: tuple[str, ...] = ("gpu", "cpu", "portable", "reference")
 AUTO = "auto"
 _PACKAGE = {"gpu": "triton", "cpu": "numba"}
 _DEVICE = {"gpu": "cuda", "cpu": "cpu"}
+# Ampere: the first with bfloat16 products and asynchronous copies
+_CAPABILITY = (8, 0)
 _log = logging.getLogger("plait.ops")
 
 
@@ -122,8 +124,6 @@ def table() -> list[Row]:
         assert isinstance(op, Op)
         for backend in BACKENDS:
             reason = _why_not(op, backend, _DEVICE.get(backend, "cpu"))
-            if not reason and backend == "gpu" and not torch.cuda.is_available():
-                reason = "torch sees no GPU"
             rows.append(Row(op.name, backend, not reason, reason))
     return rows
 
@@ -131,11 +131,15 @@ def table() -> list[Row]:
 def _why_not(op: Op, name: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     if name not in op.targets:
         return f"this op has only {_names(op)}"
-    if _DEVICE.get(name, device_type) != device_type:
+    if _DEVICE.get(name, device_type) != device_type and not (name == "gpu" and _interprets(device_type)):
         return f"it needs tensors on {_DEVICE[name]!r}, given {device_type!r}"
     package = _PACKAGE.get(name)
     if package and not _has_package(package):
         return f"the package {package!r} is not installed"
+    if name == "gpu" and not _interprets(device_type):
+        reason = _why_no_gpu()
+        if reason:
+            return reason
     if dtype is not None and dtype not in op.dtypes.get(name, (dtype,)):
         return f"it takes {', '.join(map(str, op.dtypes[name]))}, given {dtype}"
     return ""
@@ -168,6 +172,22 @@ def _environment() -> str:
 @torch._dynamo.assume_constant_result
 def _has_package(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@torch._dynamo.assume_constant_result
+def _interprets(device_type: str) -> bool:
+    """Whether Triton runs its kernels on tensors of a CPU: for tests, and only when a call asks for "gpu" by name."""
+    return device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch._dynamo.assume_constant_result
+def _why_no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < _CAPABILITY:
+        given = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the kernels need compute capability {'.'.join(map(str, _CAPABILITY))}, this GPU has {given}"
+    return ""
 
 
 @torch._dynamo.assume_constant_result

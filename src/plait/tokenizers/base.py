@@ -158,6 +158,16 @@ class Tokenizer(ABC):
                 f"cannot save the tokenizer to {folder}: {error.strerror or error}"
             ) from error
 
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with more special tokens after its last id; no id that it has changes.
+
+        TokenizerError if its kind cannot take more once it is made.
+        """
+        raise TokenizerError(
+            f"a {self.type} tokenizer takes no more special tokens ({', '.join(names)}) once it is made: train it "
+            "with them, by tokenizer.special_tokens or tokenizer.chat"
+        )
+
     def encode_array(self, text: str | bytes) -> npt.NDArray[np.unsignedinteger]:
         """As encode, as an array of the narrowest fitting unsigned type."""
         return np.asarray(self.encode(text), dtype=token_dtype(self.vocab_size))

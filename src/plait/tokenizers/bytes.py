@@ -32,6 +32,10 @@ class BytesTokenizer(Tokenizer):
         names = checked_special_tokens(special_tokens)
         super().__init__(N_BYTES + len(names), {name: N_BYTES + i for i, name in enumerate(names)})
 
+    def with_special_tokens(self, names: Sequence[str]) -> BytesTokenizer:
+        """The same tokenizer with more special tokens after its last id."""
+        return BytesTokenizer([*self.special_tokens, *names])
+
     def encode(self, text: str | bytes) -> list[int]:
         """The bytes of the text (of its UTF-8 form) as ids."""
         return list(to_bytes(text))

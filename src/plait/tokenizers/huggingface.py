@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from plait.config.errors import TokenizerError
-from plait.tokenizers.base import HUGGINGFACE_FILE, REPLACEMENT, Tokenizer, find_roles, to_text, token_dtype
+from plait.tokenizers.base import (
+    HUGGINGFACE_FILE,
+    REPLACEMENT,
+    Tokenizer,
+    checked_special_tokens,
+    find_roles,
+    to_text,
+    token_dtype,
+)
 from plait.tokenizers.spelling import Spelling, read_spelling
 
 TYPES = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram"}
@@ -105,6 +114,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_arrays(self, texts: Iterable[str | bytes]) -> list[npt.NDArray[np.unsignedinteger]]:
         """As encode_batch, as arrays."""
         return [np.asarray(ids, dtype=token_dtype(self.vocab_size)) for ids in self.encode_batch(texts)]
+
+    def with_special_tokens(self, names: Sequence[str]) -> HuggingFaceTokenizer:
+        """The same tokenizer with more special tokens after its last id; TokenizerError for a name that it has."""
+        engine = Engine.from_str(self._source)
+        for name in checked_special_tokens(names):
+            if engine.token_to_id(name) is not None:
+                raise TokenizerError(f"{name} is a token of this tokenizer already, and not a special one")
+        engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        made = HuggingFaceTokenizer(engine.to_str())
+        for place, name in enumerate(
+            names
+        ):  # the library gives the ids; a file with gaps in them may surprise it
+            if made.special_tokens[name] != self.vocab_size + place:
+                raise TokenizerError(f"{name} cannot be added: the ids of this tokenizer.json have gaps")
+        return HuggingFaceTokenizer(engine.to_str(), {**find_roles(names), **self.roles})
 
     def piece(self, token_id: int, first: bool = False) -> bytes:
         """The bytes the token adds to the text: with the space that goes before a word, where there is

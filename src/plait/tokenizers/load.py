@@ -9,11 +9,13 @@ from pathlib import Path
 from plait.config.data import TokenizerConfig
 from plait.config.errors import TokenizerError, nearest
 from plait.tokenizers import characters
-from plait.tokenizers.base import DEFAULT_SPECIAL_TOKENS, MAIN_FILES, OWN_FILE, Tokenizer
+from plait.tokenizers.base import DEFAULT_SPECIAL_TOKENS, MAIN_FILES, OWN_FILE, Tokenizer, find_roles
 from plait.tokenizers.bytes import BytesTokenizer
 from plait.tokenizers.characters import CharactersTokenizer
+from plait.tokenizers.chat import BOS, CHAT_TOKENS, with_chat_tokens
 
 DEFAULT_VOCAB_SIZE = 8192
+PICKLE_FILE = "tokenizer.pkl"  # nanochat's; see plait.tokenizers.nanochat
 # BERT's own names, so that its vocabulary and one that Plait trains agree.
 WORDPIECE_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -33,7 +35,7 @@ def load_tokenizer(source: TokenizerConfig | str | Path) -> Tokenizer:
             raise TokenizerError(
                 f"tokenizer.type is {source.type}, but {source.path} holds a {tokenizer.type} tokenizer"
             )
-        return tokenizer
+        return with_chat_tokens(tokenizer) if source.chat else tokenizer
     if source.type == "bytes":
         return _bytes(source)
     raise TokenizerError(
@@ -45,8 +47,10 @@ def load_tokenizer(source: TokenizerConfig | str | Path) -> Tokenizer:
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
     """Train the tokenizer a config describes on texts, read once; bytes needs none and reads none.
 
-    config.special_tokens come after the usual ones of the type.
+    config.special_tokens come after the usual ones of the type, and those of config.chat after them.
     """
+    if config.split != "gpt2" and config.type not in ("bpe", "unigram"):
+        raise TokenizerError(f"tokenizer.split is for bpe and unigram, not for {config.type}; leave it out")
     size = DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
     if config.type == "bytes":
         return _bytes(config)
@@ -64,11 +68,15 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
 
     usual = WORDPIECE_SPECIAL_TOKENS if config.type == "wordpiece" else DEFAULT_SPECIAL_TOKENS
     special = _special_tokens(config, usual)
-    return train_subwords(config.type, texts, size, special, lowercase=config.lowercase)
+    return train_subwords(config.type, texts, size, special, lowercase=config.lowercase, split=config.split)
 
 
 def _special_tokens(config: TokenizerConfig, usual: Sequence[str]) -> list[str]:
-    return [*usual, *(name for name in config.special_tokens or () if name not in usual)]
+    names = [*usual, *(name for name in config.special_tokens or () if name not in usual)]
+    if config.chat:
+        names += [name for name in CHAT_TOKENS if name not in names]
+        names += [] if "bos" in find_roles(names) else [BOS]
+    return names
 
 
 def _bytes(config: TokenizerConfig) -> BytesTokenizer:
@@ -88,6 +96,11 @@ def _load_path(path: Path) -> Tokenizer:
         for name in MAIN_FILES:
             if (path / name).is_file():
                 return _load_path(path / name)
+        if (path / PICKLE_FILE).is_file():
+            raise TokenizerError(
+                f"{path} holds a nanochat tokenizer, a pickle: make it one of ours with plait tokenizer import {path} "
+                "--allow-pickle --out FOLDER"
+            )
         raise TokenizerError(f"{path} holds no tokenizer; looked for {', '.join(MAIN_FILES)}")
     if not path.is_file():
         raise TokenizerError(f"there is no tokenizer at {path}")

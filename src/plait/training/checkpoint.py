@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -35,7 +35,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from plait.config.errors import CheckpointError
 from plait.config.load import save_config
 from plait.config.schema import Config
-from plait.formats.folders import CHECKPOINTS, RUN_CONFIG, checkpoint_name, list_checkpoints
+from plait.formats.folders import (
+    CHECKPOINTS,
+    RUN_CONFIG,
+    checkpoint_name,
+    checkpoint_step,
+    list_checkpoints,
+)
 from plait.formats.manifest import write_manifest
 from plait.formats.native import reason, weights, write_model
 from plait.models.model import Model
@@ -55,6 +61,7 @@ class RunState:
     sample: int = 0  # the next global sample index
     tokens: int = 0  # trained on so far, over all processes
     elapsed: float = 0.0  # seconds of training
+    skipped: int = 0  # steps in a row, up to now, that were not finite
     scaler: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # the evaluation with the lowest loss, and its step
 
@@ -68,8 +75,11 @@ def save_checkpoint(
     state: RunState,
     world: World,
     keep: int,
+    scheduled: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of ``state.step``, remove all but the newest ``keep``; all processes call it.
+    """Write the checkpoint of ``state.step``, remove all but the newest ``keep`` and those of ``scheduled`` steps.
+
+    All processes call it.
 
     CheckpointError, with the earlier checkpoints untouched and nothing left of this one, if it cannot be
     written or the weights are not finite.
@@ -99,7 +109,8 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
     if world.first:
         for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if checkpoint_step(old) not in scheduled:
+                shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return folder
 

@@ -1,6 +1,6 @@
 """What a run would take, without making it: built on the meta device, nothing allocated, no data read.
 
-Parameters and FLOPs are counted; memory and time are estimates and say so.
+Parameters and FLOPs are counted, memory is simulated; time is an estimate and says so.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import torch
 
 from plait.config.errors import PlaitError
 from plait.config.schema import Config
-from plait.models.block import Block
 from plait.models.model import Model
 from plait.tokenizers.load import load_tokenizer
 from plait.training.distributed import choose_device
-from plait.training.optimizers import GROUPS, parameter_groups
+from plait.training.horizon import BACKWARD, horizon
+from plait.training.memory import step_memory
+from plait.training.optimizers import assigned_groups
 from plait.training.precision import DTYPES
 from plait.training.progress import duration
 
 DEFAULT_VOCABULARY = 8192  # what a tokenizer is trained to when the config does not say
-BACKWARD = 2  # backward is two products for each of forward's
-# What forward keeps of a block for backward, for each token: about so many times d_model, by its two halves.
-# Measured: mixers 10 to 22 (S4D 49), swiglu 15.
-KEPT_MIXER, KEPT_MLP = 20, 15
 _MEASURE_SECONDS, _MEASURE_WIDTH = 0.3, 1024
 
 
@@ -37,17 +34,32 @@ class DryRun:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # estimate
+    activations: int  # at the peak of a step, simulated
     cache: int  # for generating one sequence of the training length
     flops_per_step: int
     tokens_per_step: int
-    steps: int
+    steps: int | None  # None: as many as the epochs of data make
     matmul_rate: float  # FLOPs a second, measured now
 
     @property
-    def fastest(self) -> float:
+    def fastest(self) -> float | None:
         """Seconds of the whole run if everything went at the rate of a large matrix product."""
-        return self.steps * self.flops_per_step / self.matmul_rate
+        return None if self.steps is None else self.steps * self.flops_per_step / self.matmul_rate
+
+    @property
+    def length(self) -> str:
+        """How many steps, for people."""
+        return "as many steps as the epochs make" if self.steps is None else f"{self.steps:,} steps"
+
+    @property
+    def time(self) -> str:
+        """How long it takes, for people."""
+        if self.fastest is None:
+            return "depends on the data"
+        return (
+            f"at least {duration(self.fastest)}; small models reach a tenth to a half of that rate, so "
+            f"{duration(2 * self.fastest)} to {duration(10 * self.fastest)}"
+        )
 
     def lines(self) -> list[str]:
         """For people."""
@@ -62,13 +74,12 @@ class DryRun:
             f"  weights                  {size(self.weights):>15}",
             f"  gradients                {size(self.gradients):>15}",
             f"  optimizer                {size(self.optimizer):>15}",
-            f"  activations (estimate)   {size(self.activations):>15}",
-            f"  together (estimate)      {size(total):>15}",
+            f"  activations, at the peak {size(self.activations):>15}",
+            f"  together                 {size(total):>15}",
             f"cache of one sequence: {size(self.cache)}",
-            f"a step: {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOPs; {self.steps:,} steps",
+            f"a step: {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOPs; {self.length}",
             f"measured here: {self.matmul_rate / 1e9:,.0f} GFLOP/s in matrix products",
-            f"time (estimate): at least {duration(self.fastest)}; small models reach a tenth to a half of that "
-            f"rate, so {duration(2 * self.fastest)} to {duration(10 * self.fastest)}",
+            f"time (estimate): {self.time}",
         ]
 
 
@@ -79,30 +90,26 @@ def dry_run(config: Config) -> DryRun:
     if model_config.vocab_size is None:
         model_config = model_config.model_copy(update={"vocab_size": _vocabulary(config)})
     model = Model(model_config, device="meta")
-    n_parameters = sum(p.numel() for p in model.parameters())
-    by_group = dict.fromkeys(GROUPS, 0)
-    for name, group in parameter_groups(model, training.optimizer).items():
-        by_group[group] += model.get_parameter(name).numel()
+    by_group: dict[str, int] = {}
+    for name, group in assigned_groups(model, training).items():
+        by_group[group.name] = by_group.get(group.name, 0) + model.get_parameter(name).numel()
     rows = max(1, training.batch_tokens // length)
-    micro = min(training.micro_batch_tokens or rows * length, rows * length)
+    micro = rows if training.micro_batch_tokens is None else max(1, training.micro_batch_tokens // length)
     passes = 1 + BACKWARD + (1 if training.activation_checkpointing else 0)
-    width = 4 if training.precision == "fp32" else 2
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    kept = [KEPT_MIXER + (0 if block.mlp is None else KEPT_MLP) for block in blocks]
-    if training.activation_checkpointing:  # of each block its input, and all of the one at work
-        kept = [max(kept), *(1 for _ in blocks)]
     device = choose_device(training.device)
+    memory = step_memory(model_config, training, micro, length, accumulate=micro < rows, device=device)
+    steps = horizon(training, model, length, rows, None)
     return DryRun(
         parameters=model.parameter_counts(),
-        groups={name: count for name, count in by_group.items() if count},
-        weights=4 * n_parameters,
-        gradients=4 * n_parameters,
-        optimizer=4 * by_group["muon"] + 8 * (n_parameters - by_group["muon"]),
-        activations=micro * (width * sum(kept) * model_config.d_model + 8 * (model_config.vocab_size or 0)),
-        cache=sum(block.mixer.state_bytes(1, length) for block in blocks),
+        groups=by_group,
+        weights=memory.weights,
+        gradients=memory.gradients,
+        optimizer=memory.optimizer,
+        activations=memory.activations,
+        cache=sum(block.mixer.state_bytes(1, length) for block in model.blocks),
         flops_per_step=passes * rows * model.flops(length),
         tokens_per_step=rows * length,
-        steps=training.steps,
+        steps=None if steps is None else steps.steps,
         matmul_rate=matmul_rate(device, DTYPES.get(training.precision, torch.float32)),
     )
 

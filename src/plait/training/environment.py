@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from plait.config.machine import cpu_name, git_commit, package_versions
 from plait.tokenizers.files import write_file
 from plait.training.distributed import World
 
 ENVIRONMENT = "env.json"
-_PACKAGES = ("plait", "torch", "numpy", "numba", "triton", "safetensors", "tokenizers")
 
 
 def describe_environment(world: World) -> dict[str, Any]:
@@ -29,14 +27,14 @@ def describe_environment(world: World) -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
-        "cpu": _cpu_name(),
+        "packages": package_versions(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(world.device),
         "gpus": gpus,
         "processes": world.size,
-        "git": _git_commit(),
+        "git": git_commit(),
     }
 
 
@@ -52,29 +50,3 @@ def write_environment(run: Path, world: World, step: int) -> None:
             starts = []  # a record for people; a broken one is begun anew
     starts.append({"step": step, **describe_environment(world)})
     write_file(path, json.dumps({"starts": starts}, indent=1).encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -16,9 +16,11 @@ from plait.config.errors import TrainingError
 from plait.config.schema import Config
 from plait.data.batch import Batch
 from plait.data.classification import Examples, Padder
+from plait.data.conversations import ConversationRows, Conversations, open_conversations
 from plait.data.loader import Collate, evaluation_batches, without_targets
 from plait.data.masking import MaskedRows
 from plait.data.packing import Packer, Rows, Samples
+from plait.data.prepare import open_data
 from plait.data.shards import TokenShards
 from plait.mixers.layout import Layout
 from plait.models.loss import IGNORE, next_token_targets
@@ -42,6 +44,10 @@ class Objective(ABC):
                 f"training.objective {config.training.objective} needs a model with a {self.head} head, and this "
                 f"one's is {config.model.head.kind}: set --model.head.kind={self.head}"
             )
+
+    def open(self) -> tuple[TokenShards, TokenShards | None]:
+        """The training data that the config names, and what is held out of it."""
+        return open_data(self.data, self.tokenizer)
 
     @abstractmethod
     def samples(self, shards: TokenShards) -> Samples:
@@ -144,6 +150,10 @@ class Classification(Objective):
     head = "classification"
     per_byte = False
 
+    def open(self) -> tuple[TokenShards, TokenShards | None]:
+        """Documents with their labels."""
+        return open_data(self.data, self.tokenizer, labels=True)
+
     def samples(self, shards: TokenShards) -> Samples:
         """Whole documents, cut to ``data.sequence_length``."""
         return self._examples(shards, shuffle=self.data.shuffle)
@@ -160,10 +170,7 @@ class Classification(Objective):
         count = examples.count
         if self.training.eval_tokens is not None:
             count = min(count, max(1, self.training.eval_tokens // self.data.sequence_length))
-        for at in range(0, count, rows):
-            group = range(at, min(at + rows, count))[rank::world]
-            batch = self.collate([examples.sample(i) for i in group or range(at, at + 1)])
-            yield batch if group else without_targets(batch)
+        return _each_once(examples, count, rows, self.collate, rank, world)
 
     def correct(self, out: Output, batch: Batch) -> Tensor | None:
         """Right classes; None for a regression."""
@@ -177,10 +184,42 @@ class Classification(Objective):
         return examples
 
 
+class Chat(CausalLM):
+    """Predict what the assistant says in conversations; see plait.data.conversations."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        if config.data.documents != "separate":
+            raise TrainingError(
+                "data.documents: joined would let conversations see each other; chat needs separate"
+            )
+
+    def open(self) -> tuple[TokenShards, TokenShards | None]:
+        """Conversations."""
+        return open_conversations(self.data, self.tokenizer)
+
+    def samples(self, shards: TokenShards) -> Samples:
+        """Rows of whole conversations, of at most ``data.sequence_length`` tokens."""
+        return self._rows(shards, shuffle=self.data.shuffle)
+
+    def evaluation(self, shards: TokenShards, rows: int, rank: int, world: int) -> Iterator[Batch]:
+        """Every held-out conversation once, or as many as ``eval_tokens`` allows."""
+        held_out = self._rows(shards, shuffle=False)
+        count = held_out.count
+        if self.training.eval_tokens is not None:
+            count = min(count, max(1, self.training.eval_tokens // self.data.sequence_length))
+        return _each_once(held_out, count, rows, self.collate, rank, world)
+
+    def _rows(self, shards: TokenShards, shuffle: bool) -> ConversationRows:
+        assert isinstance(shards, Conversations)
+        return ConversationRows(shards, self.data.sequence_length, seed=self.training.seed, shuffle=shuffle)
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
     "classification": Classification,
+    "chat": Chat,
 }
 
 
@@ -199,6 +238,16 @@ def target_bytes(objective: Objective, batch: Batch, token_bytes: Tensor) -> int
 
 def _rows(objective: Objective, shards: TokenShards, length: int) -> Rows:
     return Rows(shards, length, seed=objective.training.seed, shuffle=objective.data.shuffle)
+
+
+def _each_once(
+    samples: Samples, count: int, rows: int, collate: Collate, rank: int, world: int
+) -> Iterator[Batch]:
+    """The first ``count`` samples in batches of ``rows``, of which each process gets its part."""
+    for at in range(0, count, rows):
+        group = range(at, min(at + rows, count))[rank::world]
+        batch = collate([samples.sample(i) for i in group or range(at, at + 1)])
+        yield batch if group else without_targets(batch)
 
 
 def as_tensor(tokenizer: Tokenizer) -> Tensor:

@@ -91,7 +91,9 @@ def resumed_config(resume: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config.replace(training=config.training.replace(out=str(run))) if moved else config
 
 
-def refuse_other_model(checkpoint: Path, model: ModelConfig) -> None:
+def refuse_other_model(
+    checkpoint: Path, model: ModelConfig, advice: str = "leave the model as it was, or begin a new run"
+) -> None:
     """CheckpointError naming the first field in which a checkpoint's model is another than ``model``."""
     saved = read_model_config(checkpoint)
     found = difference(_described(saved), _described(model))
@@ -99,7 +101,7 @@ def refuse_other_model(checkpoint: Path, model: ModelConfig) -> None:
         path, there, here = found
         raise CheckpointError(
             f"{checkpoint} is of another model: {dotted(('model', *path))} is {show(there)} there and "
-            f"{show(here)} here; leave the model as it was, or begin a new run"
+            f"{show(here)} here; {advice}"
         )
 
 

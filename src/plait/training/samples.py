@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from plait.config.training import TrainingConfig
+from plait.inference.chat import ChatEngine, ChatSession
 from plait.inference.generate import generate
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
@@ -30,17 +32,24 @@ def write_samples(
         if not world.first:
             world.barrier()
             return []
-        texts = generate(
-            model,
-            list(config.sample_prompts),
-            tokenizer=tokenizer,
-            max_new_tokens=config.sample_tokens,
-            temperature=TEMPERATURE,
-            seed=config.seed,
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": config.sample_tokens,
+            "temperature": TEMPERATURE,
+            "seed": config.seed,
+        }
+        if config.objective == "chat":
+            texts = [f"\n{_answer(model, tokenizer, prompt, options)}" for prompt in config.sample_prompts]
+        else:
+            texts = generate(model, list(config.sample_prompts), tokenizer=tokenizer, **options)
         world.barrier()
     samples = list(zip(config.sample_prompts, texts, strict=True))
     path = run / SAMPLES / f"step-{step:08d}.txt"
     with writing(path):
         write_file(path, "\n\n---\n\n".join(prompt + text for prompt, text in samples).encode())
     return samples
+
+
+def _answer(model: Model, tokenizer: Tokenizer, question: str, options: dict[str, Any]) -> str:
+    """What the assistant says to one question, with what it calculates."""
+    session = ChatSession(ChatEngine(model, tokenizer))
+    return "".join(piece.text for piece in session.say(question, **options))

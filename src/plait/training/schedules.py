@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of progress in [0, 1], with a warmup in front.
+"""What changes in a run: learning rate, weight decay, Muon's momentum, sequence length.
 
-Progress, not the step, is the argument, so the same schedule follows a number of steps or a wall-clock
-budget.
+Pure functions of progress in [0, 1]: progress, not the step, is the argument, so the same schedule follows a
+number of steps or a wall-clock budget, and a resumed run goes on as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -66,3 +66,29 @@ def lr_scale(config: TrainingConfig, steps: int, step: int, progress: float) -> 
     after = max(0.0, (progress - share) / (1.0 - share))
     decay = min(1.0, config.decay_fraction / (1.0 - share))
     return min(1.0, rise) * SCHEDULES[config.schedule](after, config.min_lr_ratio, decay)
+
+
+def decay_scale(config: TrainingConfig, progress: float) -> float:
+    """The factor of the matrices' weight decay."""
+    if config.weight_decay_schedule == "constant":
+        return 1.0
+    return SCHEDULES[config.weight_decay_schedule](progress, 0.0, 1.0)
+
+
+def muon_momentum(config: TrainingConfig, step: int, progress: float) -> float:
+    """Muon's momentum for update ``step`` (from 0): it may rise at first, and go to another value at the end."""
+    muon = config.muon
+    if muon.momentum_start is not None and step < muon.momentum_warmup:
+        return muon.momentum_start + (muon.momentum - muon.momentum_start) * step / muon.momentum_warmup
+    if muon.momentum_end is None:
+        return muon.momentum
+    ending = max(0.0, 1.0 - (1.0 - progress) / config.decay_fraction)
+    return muon.momentum + (muon.momentum_end - muon.momentum) * ending
+
+
+def sequence_length(config: TrainingConfig, longest: int, progress: float) -> int:
+    """Tokens a sequence at this point of the run; ``longest`` is data.sequence_length, its bound and its end."""
+    for stage in config.sequence_length_schedule:
+        if progress < stage.until:
+            return min(stage.length, longest)
+    return longest

@@ -1,4 +1,4 @@
-"""Threads and determinism of torch for the length of a run; as before afterwards."""
+"""Threads, determinism and TensorFloat-32 of torch for the length of a run; as before afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def torch_settings(config: TrainingConfig) -> Iterator[None]:
     """Set what the config says, and take it back at the end of the block."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    products = torch.get_float32_matmul_precision()
     try:
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.deterministic:
@@ -28,3 +31,4 @@ def torch_settings(config: TrainingConfig) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(products)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from plait.config.data import DataConfig
 from plait.config.errors import TrainingError
 from plait.config.schema import Config
 from plait.data.batch import Batch
+from plait.data.conversations import conversation_texts
 from plait.data.documents import read_documents
 from plait.data.loader import Loader, without_targets
-from plait.data.prepare import open_data
 from plait.data.shards import TokenShards
 from plait.formats.folders import TOKENIZER
 from plait.formats.native import load_weights, unfilled_model
@@ -28,10 +27,13 @@ from plait.tokenizers.load import load_tokenizer, train_tokenizer
 from plait.training import rng
 from plait.training.checkpoint import RunState, load_optimizer, load_rng, read_state
 from plait.training.distributed import World, spread
+from plait.training.horizon import Horizon, horizon
+from plait.training.initial import initial_model, initial_vocabulary, known_tokenizer, with_initial
 from plait.training.objectives import Objective, as_tensor, make_objective
 from plait.training.optimizers import Optimizer
 from plait.training.precision import LossScaler
 from plait.training.resume import refuse_other_model
+from plait.training.timetable import Epochs, scheduled_steps
 from plait.training.wrap import compile_blocks, recompute_blocks
 
 
@@ -40,7 +42,8 @@ class Setup:
     """A run that is ready to take its next step."""
 
     config: Config  # resolved: as saved, and as it would run again
-    steps: int
+    horizon: Horizon
+    scheduled: frozenset[int]  # steps whose checkpoints are kept
     tokenizer: Tokenizer
     token_bytes: Tensor  # (V,) bytes of text of each id, on the host
     objective: Objective
@@ -53,14 +56,22 @@ class Setup:
     state: RunState
 
     @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        return self.horizon.steps
+
+    @property
     def micro_rows(self) -> int | None:
         """Rows of a forward on one process."""
         tokens = self.config.training.micro_batch_tokens
         return None if tokens is None else max(1, tokens // self.config.data.sequence_length)
 
-    def batches(self, world: World) -> list[Batch]:
-        """This process's micro-batches of the next step; as many on every process."""
-        batches = self.loader.micro_batches(self.micro_rows)
+    def batches(self, world: World, length: int | None = None) -> list[Batch]:
+        """This process's micro-batches of the next step; as many on every process.
+
+        length: rows are cut into sequences of so many tokens (None: they are left whole).
+        """
+        batches = self.loader.micro_batches(self.micro_rows, length)
         most = -(-self.loader.batch_rows // world.size)
         wanted = 1 if self.micro_rows is None else -(-most // self.micro_rows)
         return batches + [without_targets(batches[-1])] * (wanted - len(batches))
@@ -74,13 +85,13 @@ class Setup:
 
 def set_up(config: Config, run: Path, checkpoint: Path | None, world: World) -> Setup:
     """Build a run from its config, or from a checkpoint of it; PlaitError for whatever does not fit."""
+    config = with_initial(config, checkpoint)
     tokenizer = make_tokenizer(config, run, checkpoint, world)
-    config = resolve_vocabulary(config, tokenizer)
+    config = resolve_vocabulary(config if checkpoint else initial_vocabulary(config, tokenizer), tokenizer)
     if checkpoint is not None:
         refuse_other_model(checkpoint, config.model)
     objective = make_objective(config, tokenizer)
-    labelled = config.training.objective == "classification"
-    shards, validation = world.first_makes(lambda: open_data(config.data, tokenizer, labels=labelled))
+    shards, validation = world.first_makes(objective.open)
     shards.check_vocabulary(cast(int, config.model.vocab_size))
     state = RunState() if checkpoint is None else read_state(checkpoint)
     loader = make_loader(config, objective, shards, world, state.sample)
@@ -94,12 +105,14 @@ def set_up(config: Config, run: Path, checkpoint: Path | None, world: World) -> 
         load_optimizer(checkpoint, optimizer, world)
         load_rng(checkpoint, world, config.training.seed, state.step)
         scaler.load(state.scaler)
-    steps = config.training.steps
-    if config.training.epochs is not None:
-        steps = math.ceil(config.training.epochs * loader.samples.count / loader.batch_rows)
+    rows = loader.samples.count
+    length = horizon(config.training, model, config.data.sequence_length, loader.batch_rows, rows)
+    assert length is not None
+    kept = scheduled_steps(config.training.checkpoint_schedule, length.steps, Epochs(rows, loader.batch_rows))
     return Setup(
         config=config,
-        steps=steps,
+        horizon=length,
+        scheduled=frozenset(kept),
         tokenizer=tokenizer,
         token_bytes=as_tensor(tokenizer),
         objective=objective,
@@ -117,15 +130,19 @@ def make_tokenizer(config: Config, run: Path, checkpoint: Path | None, world: Wo
     """The checkpoint's, or the one the config names, or one trained on the text and kept in the run folder."""
     if checkpoint is not None:
         return load_tokenizer(checkpoint / TOKENIZER)
-    if config.tokenizer.type == "bytes" or config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer)
+    tokenizer = known_tokenizer(config)
+    if tokenizer is None:
+        tokenizer = world.first_makes(lambda: _trained_tokenizer(config, run, world))
+    return tokenizer
 
-    def train() -> Tokenizer:
-        if world.first:
-            train_tokenizer(config.tokenizer, _training_texts(config.data)).save(run / TOKENIZER)
-        return load_tokenizer(run / TOKENIZER)
 
-    return world.first_makes(train)
+def _trained_tokenizer(config: Config, run: Path, world: World) -> Tokenizer:
+    chat = config.training.objective == "chat"
+    if world.first:
+        wanted = config.tokenizer.replace(chat=chat or config.tokenizer.chat)
+        texts = conversation_texts(config.data) if chat else _training_texts(config.data)
+        train_tokenizer(wanted, texts).save(run / TOKENIZER)
+    return load_tokenizer(run / TOKENIZER)
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -168,7 +185,8 @@ def make_model(
     if checkpoint is None:
         with rng.preserved():
             torch.manual_seed(training.seed)
-            model = Model(config.model, device="cpu")
+            initial = training.init_from is not None
+            model = initial_model(config) if initial else Model(config.model, device="cpu")
     else:
         model = unfilled_model(config.model)
         load_weights(model, checkpoint)
@@ -185,7 +203,9 @@ def make_model(
 def check_samples(model: Model, tokenizer: Tokenizer, config: Config) -> None:
     """Raise before training if the samples that are asked for cannot be made after some steps."""
     check_generates(model)
-    longest = max((len(tokenizer.encode(prompt)) + 1 for prompt in config.training.sample_prompts), default=1)
+    around = 4 if config.training.objective == "chat" else 1  # the special tokens of a prompt
+    prompts = config.training.sample_prompts
+    longest = max((len(tokenizer.encode(prompt)) + around for prompt in prompts), default=1)
     check_positions(model, longest, config.training.sample_tokens)
 
 
@@ -194,12 +214,15 @@ def _training_texts(data: DataConfig) -> Iterator[str | bytes]:
         raise TrainingError(
             "data.train: no text is named to train on; give a file, a folder, a glob or a list of them"
         )
-    held_out = data.validation is None and data.validation_fraction > 0
+    by_file = data.validation_split == "last_file"
+    held_out = data.validation is None and (by_file or data.validation_fraction > 0)
     documents = read_documents(
         data.train,
         data.format,
         data.field,
         split="train" if held_out else "all",
         fraction=data.validation_fraction if held_out else 0.0,
+        separator=data.separator,
+        validation_split=data.validation_split,
     )
     return (document.text for document in documents)

@@ -25,7 +25,8 @@ class Update:
     loss: float  # nats a target, before the step
     n_targets: int
     grad_norm: float  # before clipping
-    skipped: bool = False  # float16 gradients overflowed: the loss scale was halved and the weights left
+    skipped: bool = False  # the weights were left: the loss or the gradient was not finite
+    overflowed: bool = False  # as float16's may be now and then: the loss scale was halved
 
 
 class NotFinite(TrainingError):
@@ -41,10 +42,12 @@ def train_step(
     config: TrainingConfig,
     scaler: LossScaler,
     world: World,
+    may_skip: bool = False,
 ) -> Update:
     """Accumulate over this process's micro-batches, divide by the ``n_targets`` of all processes, clip, step.
 
-    Raises NotFinite, before any weight changes, if the loss or the gradient is infinite or not a number.
+    If the loss or the gradient is infinite or not a number, no weight changes: raises NotFinite, or with
+    ``may_skip`` says so.
     """
     optimizer.zero_grad()
     # DDP and FSDP average gradients over the processes; the loss is a sum over them.
@@ -61,13 +64,15 @@ def train_step(
                 total += loss_sum.detach()
     loss = world.sums([float(total)])[0] / max(1, n_targets)
     if not math.isfinite(loss):
+        if may_skip:
+            return Update(loss, n_targets, math.nan, skipped=True)
         raise NotFinite(f"the loss is {loss}")
     gradients, scale = optimizer.gradients(), scaler.scale
     norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / scale
     if not scaler.accept(norm):
-        if not scaler.active:
+        if not (scaler.active or may_skip):
             raise NotFinite(f"the norm of the gradient is {norm}")
-        return Update(loss, n_targets, norm, skipped=True)
+        return Update(loss, n_targets, norm, skipped=True, overflowed=scaler.active)
     _shrink(gradients, norm, scale, config.grad_clip)
     optimizer.step()
     return Update(loss, n_targets, norm)

@@ -39,7 +39,7 @@ from plait.training.objectives import target_bytes
 from plait.training.progress import Clock, Progress, Status, duration
 from plait.training.resume import differences, find_checkpoint, resumed_config
 from plait.training.samples import write_samples
-from plait.training.schedules import lr_scale, progress_of
+from plait.training.schedules import decay_scale, lr_scale, muon_momentum, progress_of, sequence_length
 from plait.training.settings import torch_settings
 from plait.training.setup import Setup, set_up
 from plait.training.signals import StopRequest, stop_request
@@ -126,13 +126,18 @@ class Trainer:
         parts, state, world, training = self.parts, self.state, self.world, self.config.training
         clock = Clock(state.elapsed)
         with self.show, stop_request() as request:
+            if state.step == 0 and 0 in parts.scheduled:
+                self._save()
             while (stopped := self._stopped(request, clock)) is None:
-                batches = parts.batches(world)
-                n_targets, n_tokens, n_bytes = world.sums(self._counts(batches))
                 progress = progress_of(state.step, parts.steps, state.elapsed, training.minutes)
+                batches = parts.batches(world, self._length(progress))
+                n_targets, n_tokens, n_bytes = world.sums(self._counts(batches))
                 scale = lr_scale(training, parts.steps, state.step, progress)
                 parts.optimizer.set_lr(scale)
+                parts.optimizer.set_decay(decay_scale(training, progress))
+                parts.optimizer.set_momentum(muon_momentum(training, state.step, progress))
                 update = self._step(batches, int(n_targets))
+                state.skipped = state.skipped + 1 if update.skipped and not update.overflowed else 0
                 state.step += 1
                 state.sample = parts.loader.index
                 state.tokens += int(n_tokens)
@@ -141,7 +146,10 @@ class Trainer:
                 if state.step < parts.steps:  # what is due at the end is done there
                     self._every(training.eval_every, self._evaluate, clock)
                     self._every(training.sample_every, self._sample, clock)
-                    self._every(training.checkpoint_every, self._save, clock)
+                    if state.step in parts.scheduled:
+                        self._every(1, self._save, clock)
+                    else:
+                        self._every(training.checkpoint_every, self._save, clock)
             self._finish(stopped, request.name)
         return TrainResult(
             run=self.folder,
@@ -169,6 +177,12 @@ class Trainer:
             return "signal"
         return "time" if minutes is not None and elapsed >= 60.0 * minutes else None
 
+    def _length(self, progress: float) -> int | None:
+        """Tokens a sequence, if rows are to be cut."""
+        longest = self.config.data.sequence_length
+        length = sequence_length(self.config.training, longest, progress)
+        return None if length == longest else length
+
     def _counts(self, batches: list[Batch]) -> list[float]:
         """Targets, tokens, and bytes of text that the targets stand for, of this process."""
         real = [batch for batch in batches if batch.n_targets]
@@ -187,6 +201,7 @@ class Trainer:
                 training,
                 parts.scaler,
                 self.world,
+                self.state.skipped < training.skip_nonfinite,
             )
         except NotFinite as error:
             raise TrainingError(
@@ -202,6 +217,13 @@ class Trainer:
 
     def _log(self, update: Update, n_bytes: float, lr: float, rate: float, elapsed: float) -> None:
         state, steps, training = self.state, self.parts.steps, self.config.training
+        if not math.isfinite(update.loss):
+            self.show.message(f"step {state.step} was left out: the loss is {update.loss}")
+            return
+        if update.skipped and not update.overflowed:
+            self.show.message(
+                f"step {state.step} was left out: the norm of the gradient is {update.grad_norm}"
+            )
         self.loss = update.loss
         bits = update.loss * update.n_targets / (math.log(2) * n_bytes) if n_bytes else None
         line = state.step % training.log_every == 0 or state.step in (1, steps)
@@ -276,6 +298,7 @@ class Trainer:
                 self.state,
                 self.world,
                 self.config.training.keep_checkpoints,
+                self.parts.scheduled,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._way_back()}") from error
@@ -313,14 +336,25 @@ class Trainer:
         n_parameters = sum(p.numel() for p in parts.optimizer.parameters)
         minutes = self.config.training.minutes
         length = f"{minutes:g} minutes of steps" if minutes else f"{parts.steps:,} steps"
+        length += f" ({parts.horizon.reason})" if parts.horizon.reason else ""
         say(
             f"{self.folder}: {n_parameters:,} parameters on {self.world.device} x {self.world.size}, "
             f"{parts.loader.samples.count:,} rows of training data, {length} of {parts.loader.batch_rows} rows"
         )
         say("optimizer: " + ", ".join(parts.optimizer.describe()))
+        if parts.scheduled:
+            say(f"checkpoints that are kept: after {_listed(sorted(parts.scheduled))}")
         if checkpoint is None:
+            if self.config.training.init_from is not None:
+                say(f"weights and tokenizer are at first those of {self.config.training.init_from}")
             return
         say(f"resumed at step {self.state.step} from {checkpoint}")
         before = load_config(checkpoint / RUN_CONFIG).to_dict()
         for path, there, here in differences(before, self.config.to_dict()):
             say(f"changed: {dotted(path)} was {show(there)}, is now {show(here)}")
+
+
+def _listed(steps: list[int]) -> str:
+    """The first and the last of many steps, for people."""
+    shown = [*map(str, steps[:6]), "...", *map(str, steps[-2:])] if len(steps) > 9 else [*map(str, steps)]
+    return f"{len(steps)} steps: {', '.join(shown)}"

@@ -6,6 +6,7 @@ Heads are grouped: query head h reads key head h // (H / Hk). A query at positio
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.dispatch import Op, choose
@@ -13,9 +14,11 @@ from plait.ops.dispatch import Op, choose
 ATTENTION = Op(
     "attention",
     {
+        "gpu": "plait.ops.attention.gpu:attention",
         "portable": "plait.ops.attention.portable:attention",
         "reference": "plait.ops.attention.reference:attention",
     },
+    {"gpu": (torch.bfloat16, torch.float16)},
 )
 CACHED_ATTENTION = Op(
     "cached_attention",
@@ -44,7 +47,7 @@ def attention(
     Packed: one row (1, n, ...) whose sequences ``cu_seqlens`` (S+1) bounds. ``scale`` defaults to P ** -0.5.
     """
     _check(q, k, v)
-    run = choose(ATTENTION, backend, q.device)
+    run = choose(ATTENTION, backend, q.device, _autocast_dtype(q))
     return run(
         q,
         k,
@@ -79,6 +82,14 @@ def cached_attention(
     _check(q, k, v)
     run = choose(CACHED_ATTENTION, backend, q.device)
     return run(q, k, v, positions, total, window=window, scale=scale, max_keys=max_keys)
+
+
+def _autocast_dtype(q: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, has attention computed."""
+    kind = q.device.type
+    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return q.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -14,11 +14,12 @@ from plait.ops.dispatch import Op, choose
 CAUSAL_CONV1D = Op(
     "causal_conv1d",
     {
+        "gpu": "plait.ops.causal_conv1d.gpu:causal_conv1d",
         "cpu": "plait.ops.causal_conv1d.cpu:causal_conv1d",
         "portable": "plait.ops.causal_conv1d.portable:causal_conv1d",
         "reference": "plait.ops.causal_conv1d.reference:causal_conv1d",
     },
-    {"cpu": (torch.float32, torch.bfloat16)},
+    {"gpu": (torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)},
 )
 
 

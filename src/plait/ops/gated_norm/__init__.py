@@ -11,11 +11,12 @@ from plait.ops.dispatch import Op, choose
 GATED_NORM = Op(
     "gated_norm",
     {
+        "gpu": "plait.ops.gated_norm.gpu:gated_norm",
         "cpu": "plait.ops.gated_norm.cpu:gated_norm",
         "portable": "plait.ops.gated_norm.portable:gated_norm",
         "reference": "plait.ops.gated_norm.reference:gated_norm",
     },
-    {"cpu": (torch.float32, torch.bfloat16)},
+    {"gpu": (torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)},
 )
 
 

@@ -14,11 +14,12 @@ from plait.ops.dispatch import Op, choose
 SELECTIVE_SCAN = Op(
     "selective_scan",
     {
+        "gpu": "plait.ops.selective_scan.gpu:selective_scan",
         "cpu": "plait.ops.selective_scan.cpu:selective_scan",
         "portable": "plait.ops.selective_scan.portable:selective_scan",
         "reference": "plait.ops.selective_scan.reference:selective_scan",
     },
-    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    dict.fromkeys(("gpu", "cpu"), (torch.float32, torch.bfloat16, torch.float16)),
 )
 
 

@@ -17,11 +17,15 @@ from plait.ops.dispatch import Op, choose
 SSD = Op(
     "ssd",
     {
+        "gpu": "plait.ops.ssd.gpu:ssd",
         "cpu": "plait.ops.ssd.cpu:ssd",
         "portable": "plait.ops.ssd.portable:ssd",
         "reference": "plait.ops.ssd.reference:ssd",
     },
-    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    {
+        "gpu": (torch.float32, torch.bfloat16, torch.float16),
+        "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    },
 )
 TRAPEZOIDAL_SSD = Op(
     "trapezoidal_ssd",
