@@ -1,0 +1,427 @@
+"""The gradient of the recurrence in `gpu_forward.py` (same letters), in Triton.
+
+With dy the gradient of y, and G_out the gradient of the state that leaves a block:
+
+    G_in  = 2^c_Q G_out + sum_i q_i (2^c_i dy_i)^T                        (`state_kernel`, REVERSE)
+    z_ij  = dy_i . x_j,  E_ij = 2^(c_i - c_j) for j <= i, else 0,  K_ij = sum over heads of z_ij E_ij w_j
+    dq_i  = sum over heads of 2^c_i S_in dy_i + sum_j K_ij k_j                                     (1)
+    u_j   = 2^(c_Q - c_j) G_out^T k_j + sum_i (q_i . k_j) E_ij dy_i,  dx_j = w_j u_j + D dy_j         (2)
+    dk_j  = sum over heads of w_j 2^(c_Q - c_j) G_out x_j + sum_i K_ij q_i,  dw_j = x_j . u_j
+
+`pair_kernel` computes the sums over K, `state_rows_kernel` those over S and G, `value_kernel` (2).
+
+GATED adds the token's own pair: g_i to K_ii, and what it gives to dx and dg. The gradient of a_t gathers every path
+from before t to t or later: the paths T_ij = (q_i . k_j) E_ij w_j z_ij inside a block, those that come in with S, those
+that leave with G, and 2^c_Q <S_in, G_out>, which pass through. For 16-bit inputs the first are row sums minus column
+sums of one tile, which both kernels round alike, so that T_tt, which is large and crosses nothing, cancels. EXACT sums
+T over later rows and earlier columns alone.
+
+The heads of a group are summed in registers, so a program runs over the heads of (a share of) a group; what is summed
+over shares is written once for each. `rows` (blocks, H M, 7, Q), float32, has for each row of a block: 0 the sum of T
+over columns, or 5 (EXACT) the paths T that cross it; 1 the paths that came in with S and end there; 2 x.u, 3 its part
+through G; 4 the gradient of g; 6 dy.x.
+"""
+
+from __future__ import annotations
+
+# Triton kernels read like Python but are typed by Triton.
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from plait.ops.ssd.gpu_forward import (
+    decay_to,
+    decays,
+    load_steps,
+    load_tile,
+    place,
+    reads,
+    rows_of,
+    steps_of,
+    store_tile,
+)
+
+ROWS = 7
+"""Kinds of entries in `rows`."""
+
+
+@triton.jit
+def rounded(t, kind: tl.constexpr):
+    """float32 t rounded to `kind`, as float32: what a product of `kind` sees of it."""
+    if kind == tl.bfloat16:
+        # in whole numbers: a conversion there and back costs eight times as much
+        bits = t.to(tl.uint32, bitcast=True)
+        r = ((bits + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        r = t.to(kind).to(tl.float32)
+    return r
+
+
+@triton.jit
+def two_parts(t, kind: tl.constexpr):
+    """float32 t as a sum of two numbers of a 16-bit type, with twice its digits."""
+    if kind == tl.bfloat16:
+        high = (t.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        high = t.to(kind).to(tl.float32)
+    return high.to(kind), (t - high).to(kind)
+
+
+@triton.jit
+def pair_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, vec_ptr, table_ptr, rows_ptr, dq_ptr, dk_ptr,
+                L, K, BLOCKS, H, M, G, HEADS_PER_GROUP,
+                x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h, q_s, q_t, q_r, q_h, dy_s, dy_t, dy_r, dy_h,
+                Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SHARE: tl.constexpr, VARLEN: tl.constexpr,
+                FULL: tl.constexpr, GATED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What comes through K: its parts of dq and dk; entries 0 (what ends in the block began in it) and 5 of `rows`."""
+    pid = tl.program_id(0).to(tl.int64)
+    block, share_group = pid % BLOCKS, pid // BLOCKS
+    group, share = share_group % G, share_group // G
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    n = tl.arange(0, NB)
+    n_in = (n < N)[None, :]
+    i = tl.arange(0, Q)
+    i_t = i // R
+    inside = (i < count * R) & (i_t < T)
+    m = tl.arange(0, PB)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    q_at = q_ptr + row * q_s + start * q_t + group * q_h + (rows_of(i, q_t, q_r, R)[:, None] + n[None, :])
+    k_at = k_ptr + row * k_s + start * k_t + group * k_h + (rows_of(i, k_t, k_r, R)[:, None] + n[None, :])
+    q = load_tile(q_at, inside[:, None], n_in, not FULL, N != NB)
+    k = load_tile(k_at, inside[:, None], n_in, not FULL, N != NB)
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    lower = reads(i[:, None], i[None, :], R, GATED)
+    products = tl.where(lower, products, 0.0)
+    same = i_t[:, None] == i_t[None, :]
+    own = tl.zeros((Q, Q), tl.float32)
+    pairs = tl.zeros((Q, Q), tl.float32)
+    x_at = x_ptr + row * x_s + start * x_t + (rows_of(i, x_t, x_r, R)[None, :] + m[:, None])
+    dy_at = dy_ptr + row * dy_s + start * dy_t + (rows_of(i, dy_t, dy_r, R)[:, None] + m[None, :])
+    first = group * HEADS_PER_GROUP * M + share * SHARE
+    for step in range(0, SHARE):
+        column = first + step
+        h, slice_ = column // M, column % M
+        p_in = slice_ * PB + m < P
+        vec = vec_ptr + (block * H + h) * (V * T)
+        c = load_steps(vec, i_t, T, Q, R)
+        w = load_steps(vec + T, i_t, T, Q, R)
+        dy = load_tile(
+            dy_at + (h * dy_h + slice_ * PB), inside[:, None], p_in[None, :], not FULL, P % PB != 0
+        )
+        xT = load_tile(x_at + (h * x_h + slice_ * PB), inside[None, :], p_in[:, None], not FULL, P % PB != 0)
+        z = tl.dot(dy, xT, input_precision=PRECISION)
+        E = decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, Q, R, V, EXACT)
+        zw = z * w[None, :]
+        pairs += zw * E
+        if GATED:
+            g = load_steps(vec + 2 * T, i_t, T, Q, R)
+            own += z * g[None, :]
+        at = rows_ptr + (block * (H * M) + column) * (7 * Q)
+        if EXACT:
+            paths = products * E * zw
+            # column t: the sum over the columns of earlier tokens; then over the rows of t and later
+            earlier = (i_t[:, None] < i_t[None, :]).to(tl.float32)
+            cross = tl.dot(paths, earlier, input_precision=PRECISION)
+            cross = tl.sum(tl.where(i_t[:, None] >= i_t[None, :], cross, 0.0), 0)
+            tl.store(at + 5 * Q + i, cross)
+        else:
+            # as value_kernel rounds it
+            tl.store(at + i, tl.sum(rounded(products * E, kind) * zw, 1))
+    pairs = tl.where(lower, pairs, 0.0)
+    if GATED:
+        pairs = tl.where(same, own, pairs)
+    pairs = pairs.to(kind)
+    dq = tl.dot(pairs, k, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(pairs), q, input_precision=PRECISION)
+    out = (((share * (BLOCKS // K if not VARLEN else 1) + row) * L + start) * (R * G) + group) * N
+    tile = rows_of(i, R * G * N, G * N, R)[:, None] + n[None, :]
+    store_tile(dq_ptr + out + tile, dq, inside[:, None], n_in, not FULL, N != NB)
+    store_tile(dk_ptr + out + tile, dk, inside[:, None], n_in, not FULL, N != NB)
+
+
+@triton.jit
+def state_rows_kernel(x_ptr, k_ptr, state_ptr, with_ptr, vec_ptr, table_ptr, rows_ptr, inner_ptr, pairs_ptr,
+                      dk_ptr, L, K, BLOCKS, H, M, G, HEADS_PER_GROUP,
+                      x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h,
+                      Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                      PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SHARE: tl.constexpr, VARLEN: tl.constexpr,
+                      FULL: tl.constexpr, QUERY: tl.constexpr, EXACT: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """dk, with `pairs`, what pair_kernel wrote of it, and entry 3 of `rows`: x meets G_out.
+
+    QUERY: dq and entry 1: x is dy, k is q, and the states are S_in; also inner (blocks, H M, PB), what sums up to
+    <S_in, G_out>, with G in with_ptr.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    block, share_group = pid % BLOCKS, pid // BLOCKS
+    group, share = share_group % G, share_group // G
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    n = tl.arange(0, NB)
+    n_in = (n < N)[None, :]
+    i = tl.arange(0, Q)
+    i_t = i // R
+    inside = (i < count * R) & (i_t < T)
+    m = tl.arange(0, PB)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    k_at = k_ptr + row * k_s + start * k_t + group * k_h + (rows_of(i, k_t, k_r, R)[:, None] + n[None, :])
+    k = load_tile(k_at, inside[:, None], n_in, not FULL, N != NB)
+    dk = tl.zeros((Q, NB), tl.float32)
+    x_at = x_ptr + row * x_s + start * x_t + (rows_of(i, x_t, x_r, R)[:, None] + m[None, :])
+    tile = block * (H * M) * (NB * PB) + (n[:, None] * PB + m[None, :])
+    eye = m[:, None] == m[None, :]
+    first = group * HEADS_PER_GROUP * M + share * SHARE
+    next_end = tl.load(vec_ptr + (block * H + first // M) * (V * T) + T - 1)
+    for step in range(0, SHARE):
+        column = first + step
+        h, slice_ = column // M, column % M
+        p_in = slice_ * PB + m < P
+        vec = vec_ptr + (block * H + h) * (V * T)
+        state = tl.load(state_ptr + column * (NB * PB) + tile)
+        x = load_tile(x_at + (h * x_h + slice_ * PB), inside[:, None], p_in[None, :], not FULL, P % PB != 0)
+        c = load_steps(vec, i_t, T, Q, R)
+        if QUERY:
+            scale = tl.exp2(c)
+            weight = scale
+            gradient = tl.load(with_ptr + column * (NB * PB) + tile)
+            if EXACT:
+                inner = tl.sum(state * gradient, 0)
+            else:
+                # as a product, so that both tiles go where products read them
+                inner = tl.sum(tl.where(eye, tl.dot(tl.trans(state), gradient), 0.0), 1)
+            tl.store(inner_ptr + (block * (H * M) + column) * PB + m, inner)
+        else:
+            scale = decay_to(next_end, c, vec, i_t, T, Q, R, V, EXACT)
+            weight = scale * load_steps(vec + T, i_t, T, Q, R)
+            # one step ahead: nothing waits for it
+            after = (first + tl.minimum(step + 1, SHARE - 1)) // M
+            next_end = tl.load(vec_ptr + (block * H + after) * (V * T) + T - 1)
+        x32 = x.to(tl.float32)
+        met = tl.sum(tl.dot(k, state, input_precision=PRECISION) * x32, 1) * scale
+        tl.store(rows_ptr + (block * (H * M) + column) * (7 * Q) + (1 if QUERY else 3) * Q + i, met)
+        weighted = x32 * weight[:, None]
+        if EXACT:
+            dk = tl.dot(weighted, tl.trans(state), dk, input_precision=PRECISION)
+        else:
+            high, low = two_parts(weighted, kind)
+            dk = tl.dot(high, tl.trans(state), dk)
+            dk = tl.dot(low, tl.trans(state), dk)
+    out = (((share * (BLOCKS // K if not VARLEN else 1) + row) * L + start) * (R * G) + group) * N
+    tile = rows_of(i, R * G * N, G * N, R)[:, None] + n[None, :]
+    dk += load_tile(pairs_ptr + out + tile, inside[:, None], n_in, not FULL, N != NB)
+    store_tile(dk_ptr + out + tile, dk, inside[:, None], n_in, not FULL, N != NB)
+
+
+@triton.jit
+def value_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, gradient_ptr, vec_ptr, D_ptr, table_ptr, rows_ptr, dx_ptr,
+                 L, K, BLOCKS, H, M, G, HEADS_PER_GROUP,
+                 x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h, q_s, q_t, q_r, q_h, dy_s, dy_t, dy_r, dy_h,
+                 Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                 PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SHARE: tl.constexpr, VARLEN: tl.constexpr,
+                 FULL: tl.constexpr, GATED: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """dx, and entries 2, 4 and (SKIP 1) 6 of `rows`."""
+    pid = tl.program_id(0).to(tl.int64)
+    block, share_group = pid % BLOCKS, pid // BLOCKS
+    group, share = share_group % G, share_group // G
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    n = tl.arange(0, NB)
+    j = tl.arange(0, Q)
+    j_t = j // R
+    inside = (j < count * R) & (j_t < T)
+    m = tl.arange(0, PB)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    k_at = k_ptr + row * k_s + start * k_t + group * k_h + (rows_of(j, k_t, k_r, R)[:, None] + n[None, :])
+    q_at = q_ptr + row * q_s + start * q_t + group * q_h + (rows_of(j, q_t, q_r, R)[None, :] + n[:, None])
+    k = load_tile(k_at, inside[:, None], (n < N)[None, :], not FULL, N != NB)
+    qT = load_tile(q_at, inside[None, :], (n < N)[:, None], not FULL, N != NB)
+    products = tl.dot(k, qT, input_precision=PRECISION)
+    if GATED:
+        same = tl.where(j_t[:, None] == j_t[None, :], products, 0.0).to(kind)
+    products = tl.where(reads(j[None, :], j[:, None], R, GATED), products, 0.0)
+    x_at = x_ptr + row * x_s + start * x_t + (rows_of(j, x_t, x_r, R)[:, None] + m[None, :])
+    dy_at = dy_ptr + row * dy_s + start * dy_t + (rows_of(j, dy_t, dy_r, R)[:, None] + m[None, :])
+    dx_at = dx_ptr + (row * L + start) * (R * H * P) + (rows_of(j, R * H * P, H * P, R)[:, None] + m[None, :])
+    tile = block * (H * M) * (NB * PB) + (n[:, None] * PB + m[None, :])
+    first = group * HEADS_PER_GROUP * M + share * SHARE
+    next_end = tl.load(vec_ptr + (block * H + first // M) * (V * T) + T - 1)
+    next_D = 0.0
+    if SKIP == 1:
+        next_D = tl.load(D_ptr + first // M).to(tl.float32)
+    for step in range(0, SHARE):
+        column = first + step
+        h, slice_ = column // M, column % M
+        p_in = slice_ * PB + m < P
+        vec = vec_ptr + (block * H + h) * (V * T)
+        gradient = tl.load(gradient_ptr + column * (NB * PB) + tile)
+        dy = load_tile(
+            dy_at + (h * dy_h + slice_ * PB), inside[:, None], p_in[None, :], not FULL, P % PB != 0
+        )
+        x = load_tile(x_at + (h * x_h + slice_ * PB), inside[:, None], p_in[None, :], not FULL, P % PB != 0)
+        c = load_steps(vec, j_t, T, Q, R)
+        w = load_steps(vec + T, j_t, T, Q, R)
+        end = next_end
+        D = next_D
+        # one step ahead: nothing waits for them
+        after = (first + tl.minimum(step + 1, SHARE - 1)) // M
+        next_end = tl.load(vec_ptr + (block * H + after) * (V * T) + T - 1)
+        if SKIP == 1:
+            next_D = tl.load(D_ptr + after).to(tl.float32)
+        u = tl.dot(k, gradient, input_precision=PRECISION)
+        u *= decay_to(end, c, vec, j_t, T, Q, R, V, EXACT)[:, None]
+        tile_ji = products * decays(j[None, :], j[:, None], c[None, :], c[:, None], vec, T, Q, R, V, EXACT)
+        u = tl.dot(tile_ji.to(kind), dy, u, input_precision=PRECISION)
+        x32 = x.to(tl.float32)
+        at = rows_ptr + (block * (H * M) + column) * (7 * Q) + j
+        dw = tl.sum(u * x32, 1)
+        tl.store(at + 2 * Q, dw)
+        dx = u * w[:, None]
+        if GATED:
+            own = tl.dot(same, dy, input_precision=PRECISION)
+            tl.store(at + 4 * Q, tl.sum(own * x32, 1))
+            dx += own * load_steps(vec + 2 * T, j_t, T, Q, R)[:, None]
+        if SKIP == 1:
+            dy32 = dy.to(tl.float32)
+            dx += dy32 * D
+            if EXACT:
+                skip = tl.sum(dy32 * x32, 1)
+            else:
+                # the same, but in the layout of u: a second copy of x and dy would cost more than a digit
+                skip = tl.sum((u + dy32) * x32, 1) - dw
+            tl.store(at + 6 * Q, skip)
+        elif SKIP == 2:
+            per_channel = tl.load(D_ptr + h * P + slice_ * PB + m, mask=p_in, other=0.0).to(tl.float32)
+            dx += dy.to(tl.float32) * per_channel[None, :]
+        store_tile(dx_at + (h * P + slice_ * PB), dx, inside[:, None], p_in[None, :], not FULL, P % PB != 0)
+
+
+@triton.jit
+def shares_kernel(parts_ptr, out_ptr, SIZE, SHARES, BLOCK: tl.constexpr):
+    """out (2, SIZE) = parts (2, SHARES, SIZE) summed over the shares."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1).to(tl.int64)
+    mask = o < SIZE
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in range(0, SHARES):
+        total += tl.load(parts_ptr + (which * SHARES + share) * SIZE + o, mask=mask, other=0.0)
+    tl.store(out_ptr + which * SIZE + o, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rows_sum(rows_ptr, block, h, h_in, H, M, entry, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
+    """One kind of `rows` summed over the slices of each head and the ranks of each token: (heads, T)."""
+    t = tl.arange(0, T if T * R == Q else Q)
+    total = tl.zeros((h.shape[0], t.shape[0]), tl.float32)
+    for slice_ in range(0, M):
+        at = rows_ptr + ((block * H + h)[:, None] * M + slice_) * (7 * Q) + entry * Q
+        for r in tl.static_range(R):
+            total += tl.load(at + (t * R + r)[None, :], mask=h_in[:, None] & (t < T)[None, :], other=0.0)
+    return total
+
+
+@triton.jit
+def path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, w,
+              T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr, V: tl.constexpr,
+              EXACT: tl.constexpr):  # fmt: skip
+    """The gradients of a and of w, (heads, T)."""
+    t = tl.arange(0, T if T * R == Q else Q)
+    ends = rows_sum(rows_ptr, block, h, h_in, H, M, 1, T, Q, R)
+    dw = rows_sum(rows_ptr, block, h, h_in, H, M, 2, T, Q, R)
+    leaving = rows_sum(rows_ptr, block, h, h_in, H, M, 3, T, Q, R)
+    inner = tl.zeros((h.shape[0],), tl.float32)
+    m = tl.arange(0, PB)
+    for slice_ in range(0, M):
+        at = inner_ptr + ((block * H + h)[:, None] * M + slice_) * PB + m[None, :]
+        inner += tl.sum(tl.load(at, mask=h_in[:, None], other=0.0), 1)
+    end = tl.load(vec_ptr + (block * H + h) * (V * T) + T - 1, mask=h_in, other=0.0)
+    through = inner * tl.exp2(end)
+    before = leaving * w
+    if EXACT:
+        da = rows_sum(rows_ptr, block, h, h_in, H, M, 5, T, Q, R) / R
+    else:
+        ends += rows_sum(rows_ptr, block, h, h_in, H, M, 0, T, Q, R) - (dw - leaving) * w
+        da = tl.zeros_like(ends)
+    da += tl.sum(ends, 1)[:, None] - tl.cumsum(ends, 1) + ends
+    da += tl.cumsum(before, 1) - before + through[:, None]
+    return tl.where((t < T)[None, :], da, 0.0), dw
+
+
+@triton.jit
+def steps_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, dt_ptr, bias_ptr, A_ptr, table_ptr, ddt_ptr, sums_ptr,
+                          L, K, BLOCKS, H, M, dt_s, dt_t, dt_h, low, high,
+                          Q: tl.constexpr, PB: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr,
+                          SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, VARLEN: tl.constexpr,
+                          SKIP: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """ddt (rows, L, H), and for each block the parts (3, blocks, H) of the gradients of A, dt_bias and D (H)."""
+    block = tl.program_id(0).to(tl.int64)
+    row, start, count = place(block, table_ptr, L, K, Q, VARLEN)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    h_in = h < H
+    t = tl.arange(0, Q)
+    inside = (t < count)[:, None] & h_in[None, :]
+    v, u, dt = steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
+                        SOFTPLUS, BIAS)  # fmt: skip
+    dt = tl.trans(dt)
+    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, dt, Q, Q, 1, PB, V, EXACT)
+    A = tl.load(A_ptr + h, mask=h_in, other=0.0).to(tl.float32)
+    ddt = A[:, None] * da + dw
+    u = tl.trans(u)
+    # where the clamp holds, dt does not move
+    ddt = tl.where((u >= low) & (u <= high), ddt, 0.0)
+    if SOFTPLUS:
+        ddt = ddt / (1.0 + tl.exp(-tl.trans(v)))
+    inside = tl.trans(inside)
+    ddt = tl.where(inside, ddt, 0.0)
+    at = ddt_ptr + (row * L + start) * H + t[None, :] * H + h[:, None]
+    tl.store(at, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+    at = sums_ptr + block * H + h
+    tl.store(at, tl.sum(da * dt, 1), mask=h_in)
+    tl.store(at + BLOCKS * H, tl.sum(ddt, 1), mask=h_in)
+    if SKIP == 1:
+        skip = rows_sum(rows_ptr, block, h, h_in, H, M, 6, Q, Q, 1)
+        tl.store(at + 2 * BLOCKS * H, tl.sum(skip, 1), mask=h_in)
+
+
+@triton.jit
+def gates_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, table_ptr, da_ptr, dw_ptr, dg_ptr, sums_ptr,
+                          L, K, H, M, Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
+                          V: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr,
+                          SKIP: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """The gradients of a, w and g (rows, L, H), and for each block the part (blocks, H) of that of D (H)."""
+    block = tl.program_id(0).to(tl.int64)
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    h_in = h < H
+    t = tl.arange(0, T if T * R == Q else Q)
+    at = vec_ptr + (block * H + h)[:, None] * (V * T) + T + t[None, :]
+    w = tl.load(at, mask=h_in[:, None] & (t < T)[None, :], other=0.0)
+    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, w, T, Q, R, PB, V, EXACT)
+    dg = rows_sum(rows_ptr, block, h, h_in, H, M, 4, T, Q, R)
+    inside = h_in[:, None] & (t < count)[None, :]
+    to = (row * L + start) * H + t[None, :] * H + h[:, None]
+    tl.store(da_ptr + to, da, mask=inside)
+    tl.store(dw_ptr + to, dw, mask=inside)
+    tl.store(dg_ptr + to, dg, mask=inside)
+    if SKIP == 1:
+        skip = rows_sum(rows_ptr, block, h, h_in, H, M, 6, T, Q, R)
+        tl.store(sums_ptr + block * H + h, tl.sum(skip, 1), mask=h_in)
+
+
+@triton.jit
+def skip_kernel(x_ptr, dy_ptr, sums_ptr, L, K, H, x_s, x_t, x_r, x_h, dy_s, dy_t, dy_r, dy_h,
+                R: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Parts (blocks, H, P) of the gradient of D (H, P): x dy summed over T tokens."""
+    block = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    row, start = block // K, (block % K) * T
+    t = tl.arange(0, T)
+    p = tl.arange(0, PB)
+    mask = (start + t < L)[:, None] & (p < P)[None, :]
+    total = tl.zeros((PB,), tl.float32)
+    for r in tl.static_range(R):
+        x_at = x_ptr + row * x_s + start * x_t + r * x_r + h * x_h
+        dy_at = dy_ptr + row * dy_s + start * dy_t + r * dy_r + h * dy_h
+        x = tl.load(x_at + t[:, None] * x_t + p[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_at + t[:, None] * dy_t + p[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(x * dy, 0)
+    tl.store(sums_ptr + (block * H + h) * P + p, total, mask=p < P)
