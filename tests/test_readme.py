@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from plait.cli.entry import main
-from plait.config.table import TABLE, mixer_class
+from plait.config.table import TABLE, kinds, mixer_class
+from plait.ops.dispatch import table
 from tests.invariants import (
     check_batch,
     check_causal,
@@ -86,6 +87,33 @@ def test_the_added_mixer_keeps_every_promise(here: Path) -> None:
         assert torch.as_tensor(greedy).shape[0] == 2
     finally:
         TABLE.pop("ema", None)
+
+
+# The op that decides on which backends a mixer runs.
+OPS = {
+    "attention": "attention",
+    "mamba": "selective_scan",
+    "mamba2": "ssd",
+    "mamba3": "trapezoidal_ssd",
+    "s4d": "diagonal_ssm",
+}
+
+
+def test_the_backends_of_each_mixer_are_those_of_its_op() -> None:
+    lines = [line.split("|") for line in README.splitlines() if line.startswith("| `")]
+    told = {names: cells[-2].strip() for cells in lines for names in re.findall(r"`(\w+)`", cells[1])}
+    assert set(told) >= set(kinds())
+    for mixer, op in OPS.items():
+        there = [
+            row.backend for row in table() if row.op == op and "this op has only" not in (row.reason or "")
+        ]
+        assert told[mixer] == ", ".join(name for name in there if name != "reference"), mixer
+    assert all(told[kind] == "torch" for kind in ("rnn", "gru", "lstm"))
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) >= 6 and all((ROOT / link).is_file() for link in links)
 
 
 def test_the_tree_names_every_folder() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from plait.cli import main
 from plait.cli.table import COMMANDS, Entry
 from plait.config.errors import DataError
 from tests.cli.conftest import Run
@@ -56,6 +57,23 @@ def test_help_of_every_command_without_torch() -> None:
         "--max-new-tokens" in helps["generate --help"] and "--vocab-size" in helps["tokenizer train --help"]
     )
     assert took < 15  # for all of them, on a busy machine; torch alone takes longer than one needs
+
+
+def test_paragraphs_of_help_fill_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of a docstring are not those of the terminal; of a command in a group neither."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for words, begin in (
+        (["chat"], "clear begins"),
+        (["estimate"], "A training step"),
+        (["config", "schedule"], "Print"),
+    ):
+        assert main([*words, "--help"]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        first = next(i for i, line in enumerate(lines) if line.startswith(begin))
+        paragraph = lines[first : lines.index("", first)]
+        assert len(paragraph) > 1 and all(len(line) > 60 for line in paragraph[:-1]), paragraph
 
 
 def test_the_installed_script_and_the_module_are_the_same_command_line() -> None:

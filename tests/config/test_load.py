@@ -171,6 +171,28 @@ def test_overrides(overrides: list[str], path: str, value: Any) -> None:
     assert found == value
 
 
+@pytest.mark.parametrize("before", [{"epochs": 3}, {"tokens_per_parameter": 20}, {"flops": 1e15}])
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("--training.steps=7", {"steps": 7}),
+        ("--training.epochs=2", {"epochs": 2}),
+        ("--training.tokens-per-parameter=4", {"tokens_per_parameter": 4}),
+        ("--training.flops=1e9", {"flops": 1e9}),
+    ],
+)
+def test_the_length_that_is_asked_for_last_counts(
+    before: dict[str, Any], override: str, kept: dict[str, Any]
+) -> None:
+    """What a file says must not overrule the command line silently."""
+    training = load_config({"training": {"steps": 5, **before}}, [override]).training
+    lengths = {"steps": 5, "epochs": None, "tokens_per_parameter": None, "flops": None, **kept}
+    assert {name: getattr(training, name) for name in lengths} == lengths
+    others = ["--training.checkpoint_schedule.steps=[1]", "--training.minutes=3", "--training.epochs=null"]
+    training = load_config({"training": {"steps": 5, "flops": 1e15}}, others).training
+    assert (training.steps, training.flops, training.minutes) == (5, 1e15, 3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

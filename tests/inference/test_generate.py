@@ -12,6 +12,7 @@ from plait.config.errors import BuildError, CapacityError, ConfigError, DataErro
 from plait.inference.decoding import decode, prefill
 from plait.inference.generate import complete, generate
 from plait.models import Model
+from plait.tokenizers.bytes import BytesTokenizer
 from tests.inference.helpers import PATTERNS, VOCAB, greedy_by_hand, make_model, rows_of, tokens
 
 patterns = pytest.mark.parametrize("name", PATTERNS)
@@ -282,3 +283,28 @@ def test_nothing_asked_nothing_written() -> None:
 def _no_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
     yield
     assert not [w for w in recwarn if "keeps no state" in str(w.message)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_only_the_model_knows_are_never_drawn(temperature: float) -> None:
+    """Those of a vocabulary rounded up beyond the tokenizer's stand for no text, however likely they are."""
+    tokenizer = BytesTokenizer()
+    model = make_model("hybrid", vocab_size=tokenizer.vocab_size + 6)
+    with torch.no_grad():
+        weight = model.get_parameter("head.unembedding.weight")
+        weight[tokenizer.vocab_size :] *= 50
+    prompts = [[104, 105]] * 8
+    free = model.generate(prompts, max_new_tokens=20, temperature=temperature, seed=0, eos_token_id=[])
+    assert any(token >= tokenizer.vocab_size for row in free for token in row)
+    model.tokenizer = tokenizer
+    for penalty in (1.0, 1.5):
+        rows = model.generate(
+            prompts,
+            max_new_tokens=20,
+            temperature=temperature,
+            seed=0,
+            eos_token_id=[],
+            repetition_penalty=penalty,
+        )
+        assert all(token < tokenizer.vocab_size for row in rows for token in row)
+    assert isinstance(model.generate("hi", max_new_tokens=20, temperature=temperature, seed=0), str)

@@ -43,9 +43,7 @@ def test_loss_and_gradients_are_those_of_all_logits(chunk: int, bias: bool, soft
     (x, w, b), targets = draw()
     leaves = [x, w, b] if bias else [x, w]
     expected = plain(x, w, b if bias else None, targets, softcap)
-    loss, count = linear_cross_entropy(
-        x, w, b if bias else None, targets, softcap=softcap, chunk=chunk
-    )
+    loss, count = linear_cross_entropy(x, w, b if bias else None, targets, softcap=softcap, chunk=chunk)
     assert int(count) == int((targets != -100).sum())
     assert abs(float(loss.detach() / expected.detach()) - 1) < 1e-12
     got = torch.autograd.grad(loss * 0.7, leaves)
@@ -139,7 +137,7 @@ def test_a_model_splits_its_loss_and_gives_logits_to_who_asks(name: str, small_b
     assert abs(float((split.loss / whole.loss).detach()) - 1) < 1e-12
     assert abs(float(whole.loss.detach()) - math.log(1000)) < 0.5
     for a, b in zip(ours, true, strict=True):
-        assert not b.any() and not a.any() or rms(a, b) < 1e-12
+        assert (not b.any() and not a.any()) or rms(a, b) < 1e-12
     assert torch.equal(split.logits, whole.logits) and split["logits"] is split.logits
     again = torch.autograd.grad(split.logits.sum(), built.embedding.tokens.weight)[0]
     assert torch.equal(again, torch.autograd.grad(whole.logits.sum(), built.embedding.tokens.weight)[0])

@@ -142,6 +142,8 @@ def test_a_dry_run_allocates_nothing() -> None:
 def test_sizes_and_times_are_readable() -> None:
     assert [size(n) for n in (10, 2048, 5 * 2**20, 3 * 2**41)] == ["10 B", "2.0 KiB", "5.0 MiB", "6144.0 GiB"]
     assert [duration(s) for s in (0, 75, 3700)] == ["0:00", "1:15", "1:01:40"]
+    long = [duration(s) for s in (172799, 200000, 3e8)]
+    assert long == ["47:59:59", "2.3 days", "3,472 days"]
     assert matmul_rate(torch.device("cpu"), torch.float32, seconds=0.01) > 1e8
 
 

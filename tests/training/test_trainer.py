@@ -478,6 +478,17 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert train(config, resume="auto", quiet=True).step == 5
 
 
+def test_the_usual_folder_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that names no folder lies in runs/<experiment_name>; resumed from there, nothing else is meant."""
+    monkeypatch.chdir(tmp_path)
+    config = runs.tiny(tmp_path, steps=1, out=None)
+    run = train(config, quiet=True).run
+    assert run == Path("runs") / config.experiment_name
+    screen = io.StringIO()
+    train(resume=str(run), console=Console(file=screen, width=300))
+    assert "resumed at step 1" in screen.getvalue() and "changed: " not in screen.getvalue()
+
+
 def test_batches_say_how_many_targets_they_have(tmp_path: Path) -> None:
     """What data counts and what the model's loss is over are the same."""
     result = runs.run(tmp_path, steps=1)

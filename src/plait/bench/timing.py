@@ -72,7 +72,11 @@ def measure(call: Callable[[], object], device: torch.device, *, seconds: float 
 
 
 def measure_together(
-    calls: Sequence[Callable[[], object]], device: torch.device, *, seconds: float = _SECONDS
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = _SECONDS,
+    least: int = _LEAST,
 ) -> list[Timing]:
     """Time several calls in turns, so that what disturbs the machine disturbs them alike."""
     clock = _on_gpu if device.type == "cuda" else _on_host
@@ -80,12 +84,41 @@ def measure_together(
     for call in calls:
         call()
         firsts.append(clock(call))
-    repeats = max(_LEAST, min(_MOST, int(1000 * seconds * len(calls) / max(sum(firsts), 1e-3))))
+    repeats = max(least, min(_MOST, int(1000 * seconds * len(calls) / max(sum(firsts), 1e-3))))
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for times, call in zip(taken, calls, strict=True):
             times.append(clock(call))
     return [Timing(statistics.median(t), min(t), max(t), len(t)) for t in taken]
+
+
+def steady(step: Callable[[], object], device: torch.device, *, seconds: float = _SECONDS) -> Timing:
+    """Time steps that follow each other without a pause, as in a run: the host may be ahead of a GPU.
+
+    The median is the mean of a third of the steps, so that what is still on its way when a step returns counts once.
+    """
+    for _ in range(2):
+        step()
+    first = _waiting(step, device, 1)
+    count = max(2, min(_MOST, int(seconds / 3 / max(first / 1000, 1e-6))))
+    thirds = [_waiting(step, device, count) for _ in range(3)]
+    return Timing(statistics.median(thirds), min(thirds), max(thirds), 3 * count)
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _waiting(step: Callable[[], object], device: torch.device, count: int) -> float:
+    """Milliseconds a step of ``count``, until the device has done them all."""
+    wait(device)
+    begin = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait(device)
+    return 1000 * (time.perf_counter() - begin) / count
 
 
 def _on_host(call: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,6 +18,8 @@ from typing import Any
 from plait.cli.table import COMMANDS
 from plait.config.errors import PlaitError, nearest
 from plait.config.lazy import load_object
+
+_PARAGRAPH_LINE = re.compile(r"(?<=\S)\n(?=\S)")  # a docstring's line ends, which are not the terminal's
 
 _HELP = """\
 Plait: language models whose layers are any mix of Mamba, attention and recurrent layers
@@ -98,6 +101,8 @@ def _run(words: list[str]) -> int:
     import typer
 
     command: Any = typer.main.get_command(app)
+    for each in (command, *getattr(command, "commands", {}).values()):
+        each.help = _PARAGRAPH_LINE.sub(" ", each.help or "")
     if not words and isinstance(command, typer.core.TyperGroup):
         words = ["--help"]  # a group by itself does nothing
     try:

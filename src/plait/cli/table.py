@@ -30,6 +30,7 @@ COMMANDS: dict[str, Entry] = {
     "info": Entry("plait.cli.info:app", "Show a model's stack: parameters, FLOPs, memory of each layer"),
     "estimate": Entry("plait.cli.estimate:app", "Tell what of a config fits into a given memory"),
     "doctor": Entry("plait.cli.doctor:app", "Show what this machine offers and check that it computes right"),
+    "bench": Entry("plait.cli.bench:app", "Time this machine: plait bench ops | train | decode"),
     "tokenizer": Entry(
         "plait.cli.tokenizer:app", "Train or import a tokenizer: plait tokenizer train | import"
     ),

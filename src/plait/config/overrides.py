@@ -17,12 +17,24 @@ from plait.config.section import Section, as_mapping
 from plait.config.table import find_kind, kinds
 from plait.config.text import parse_yaml
 
+_LENGTHS = (
+    "steps",
+    "epochs",
+    "tokens_per_parameter",
+    "flops",
+)  # of a run; any of the last three overrules steps
+
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of the raw config ``data`` with the overrides set in order; ConfigError for an unknown path."""
     for name, text in override_pairs(overrides):
         path, field_types = _resolve(name)
-        data = _set(data, path, Config, _value(text, field_types, name), name)
+        value = _value(text, field_types, name)
+        data = _set(data, path, Config, value, name)
+        if path[:-1] == ["training"] and path[-1] in _LENGTHS and value is not None:
+            # what says how long the run is replaces whatever said so before, which would overrule it silently
+            others = {other: None for other in _LENGTHS[1:] if other != path[-1]}
+            data["training"] = {**data["training"], **others}
     return data
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,9 +113,20 @@ class TrainingConfig(Section):
     parallel: Literal["replicate", "shard"] = Field(
         "replicate", description="over ranks: whole copies, or FSDP2"
     )
-    activation_checkpointing: bool = Field(False, description="recompute each block in backward: less memory")
+    activation_checkpointing: Literal["none", "block", "selective"] = Field(
+        "none",
+        description="less memory: compute each block again in backward; selective: all but scans and attention; "
+        "true means block",
+    )
     compile: bool = Field(False, description="torch.compile")
     deterministic: bool = Field(False, description="refuse operations whose result varies from run to run")
+
+    @classmethod
+    def normalise(cls, data: Any) -> Any:
+        """Yes and no for activation checkpointing to their modes."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("activation_checkpointing"), bool):
+            return data
+        return {**data, "activation_checkpointing": "block" if data["activation_checkpointing"] else "none"}
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:

@@ -39,9 +39,12 @@ class Batch:
         return {name: value for name, value in every.items() if value is not None}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; ``non_blocking``: a copy to a GPU does not wait for what that has to do."""
+        pinned = non_blocking and torch.device(device).type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
+            if pinned and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()  # only from such memory a copy is on its own
             return tensor.to(device, non_blocking=non_blocking)
 
         return replace(

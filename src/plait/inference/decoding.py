@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plait.config.errors import BuildError, CapacityError
 from plait.inference.graphs import StepGraphs, say_why_not, usable
+from plait.mixers.constants import Table, held
 from plait.models.block import Block
 from plait.models.cache import Cache
 from plait.models.model import Model
@@ -102,7 +103,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Cached:
     """A batch of rows and its cache; ``samples`` rows go on from each prompt, which is run once.
 
-    With ``graphs`` steps are recorded and replayed, unless a layer cannot be; ``logits`` are then overwritten by ``feed``.
+    With ``graphs`` steps are recorded and replayed, unless a layer cannot be; ``feed`` then overwrites ``logits``.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Cached:
         self._cache = model.new_cache(len(prompts), capacity)
         self._graphs = graphs
         self._recorded: StepGraphs | None = None
+        self._constants: Table = {}
         self.logits = prefill(model, prompts, self._cache, chunk=chunk)  # (rows, V)
         if samples > 1:
             self.keep([row for row in range(len(prompts)) for _ in range(samples)])
@@ -134,7 +136,8 @@ class Cached:
                     raise
                 say_why_not(str(error).splitlines()[0])
                 self._graphs, self._recorded = False, None
-        self.logits = decode(self._model, ids, self._cache)
+        with held(self._constants):
+            self.logits = decode(self._model, ids, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows; they may repeat."""

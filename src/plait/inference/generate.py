@@ -120,6 +120,12 @@ class _Task:
     seeds: list[int]
     steer: Steer | None = None
 
+    @property
+    def known(self) -> int:
+        """How many ids may be drawn: a model may have more of them than its tokenizer, which stand for nothing."""
+        sizes = [self.model.vocab_size] + ([] if self.tokenizer is None else [self.tokenizer.vocab_size])
+        return min(sizes)
+
 
 def _task(
     model: Model,
@@ -185,7 +191,10 @@ def _run(task: _Task, *, at_once: bool) -> Iterator[Piece]:
         waiting: list[Tensor] = []
         for number in range(1, last + 1):
             uniform = None if uniforms is None else uniforms.next()
-            ids = sample(state.logits, options, uniform=uniform, seen=seen)
+            logits = state.logits[:, : task.known]
+            ids = sample(
+                logits, options, uniform=uniform, seen=None if seen is None else seen[:, : task.known]
+            )
             if task.steer is not None:
                 ids = ids.new_tensor([task.steer(row, token) for row, token in zip(alive, ids.tolist())])
             waiting.append(ids)

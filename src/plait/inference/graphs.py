@@ -1,8 +1,8 @@
 """Decoding on a GPU from CUDA graphs: the launches of a whole step are recorded once and then started as one.
 
-One token a sequence, from buffers whose addresses never change: ids, the cache's states and positions, logits. The host
-does nothing in a step but count, and waits for nothing. A graph reads attention's past up to a bound (``Cache.max_past``),
-so there is one for each bound that is met; layers whose states do not grow share one for all lengths.
+One token a sequence, from buffers whose addresses never change: ids, the cache's states and positions, logits. In a
+step the host does nothing but count, and waits for nothing. A graph reads attention's past up to a bound
+(``Cache.max_past``), so there is one for each bound that is met; layers whose states do not grow share one for all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
+from plait.mixers.constants import Table, held
 from plait.models.cache import Cache
 from plait.models.model import Model
 
@@ -27,6 +28,7 @@ WORTHWHILE = 16
 class StepGraphs:
     """``model.step`` for one more token of every sequence of ``cache``, recorded; the cache is the caller's as before.
 
+    The weights must not change as long as this is in use: what follows from them alone is not recorded.
     Other calls may use the cache in between (prefill, chunks), as long as its tensors stay the same ones. Raises
     RuntimeError at the first step if a layer cannot be recorded; nothing has changed then.
     """
@@ -39,6 +41,7 @@ class StepGraphs:
         self._ids = torch.zeros(cache.n_seq, 1, dtype=torch.int64, device=model.device)
         self._logits: Tensor | None = None
         self._replays: dict[int, Replay] = {}
+        self._constants: Table = {}
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ class StepGraphs:
         self._ids.copy_(ids[:, None])
         bound = cache.max_past if self._grows else 0
         if bound not in self._replays:
-            self._replays[bound] = self._record()
+            with held(self._constants):
+                self._replays[bound] = self._record()
         self._replays[bound]()
         cache.lengths = [held + 1 for held in cache.lengths]
         assert self._logits is not None

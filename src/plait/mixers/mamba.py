@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from plait.config.errors import ConfigError
 from plait.config.options import Options as MixerOptions
+from plait.mixers.constants import constant, decay_rates
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
 from plait.nn.linear import LinearSpec, make_linear
@@ -189,7 +190,7 @@ class Mamba(Mixer):
         y, ssm = selective_scan(
             u,
             dt,
-            -torch.exp(self.A_log.to(state_dtype(self.A_log.dtype))),
+            constant(self.A_log, decay_rates),
             B,
             C,
             self.D,

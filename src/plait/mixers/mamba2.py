@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
+from plait.mixers.constants import constant, decay_rates
 from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
 from plait.nn.linear import LinearSpec, make_linear
@@ -154,7 +155,7 @@ class Mamba2(Mixer):
         y, ssm = ssd(
             v.unflatten(-1, (self.n_head, self.headdim)),
             dt,
-            -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log),
+            constant(self.A_log, decay_rates),
             B.unflatten(-1, (self.ngroups, self.d_state)),
             C.unflatten(-1, (self.ngroups, self.d_state)),
             D,

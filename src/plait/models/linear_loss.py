@@ -40,14 +40,18 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum over targets that are not -100, in nats, and their number; once differentiable.
 
-    hidden (..., d), weight (V, d), bias (V,), targets (...) of ids below V; chunk: tokens at a time (None: by a budget of
-    bytes). Products are in autocast's dtype where it is on; the softmax, and sums over chunks, in float32 (float64 for
-    float64).
+    hidden (..., d), weight (V, d), bias (V,), targets (...) of ids below V; chunk: tokens at a time (None: by a budget
+    of bytes). Products are in autocast's dtype where it is on; the softmax, and sums over chunks, in float32 (float64
+    for float64).
     """
     x, flat = hidden.flatten(0, -2), targets.flatten()
     device = x.device.type
     kind = x.dtype
-    if kind != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if (
+        kind != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
         kind = torch.get_autocast_dtype(device)
     size = chunk or max(_MULTIPLE, _budget(x.device) // (4 * weight.shape[0]) // _MULTIPLE * _MULTIPLE)
     gradients = torch.is_grad_enabled() and any(

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from plait.ops.triton_support import cdiv, on_device
+from plait.ops.triton_launch import Launch
+from plait.ops.triton_support import cdiv
 
-_ROWS = 16
-_COLUMNS = 128
+_SIZES = ["parts", "stride", "columns", "width", "channels"]
+_ROWS = 32
+_COLUMNS = 64
 
 
-@triton.jit(do_not_specialize=["parts", "columns", "width", "channels"])
+@triton.jit(do_not_specialize=_SIZES)
 def _sum_kernel(
-    parts_p, matrix_p, vector_p, parts, columns, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Column j * channels + c of parts (parts, columns) goes to matrix[c, j] for j < width, then to vector[c]."""
+    parts_p, matrix_p, vector_p, parts, stride, columns, width, channels, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums over parts (parts, stride): column j * channels + c to matrix[c, j] for j < width, then to vector[c]."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real = column < columns
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, parts, ROWS):
         row = first + tl.arange(0, ROWS)
-        at = parts_p + row[:, None].to(tl.int64) * columns + column[None, :]
+        at = parts_p + row[:, None].to(tl.int64) * stride + column[None, :]
         total += tl.load(at, mask=(row < parts)[:, None] & real[None, :], other=0.0)
     v = tl.sum(total, 0)
     j = column // channels
@@ -34,14 +36,12 @@ def _sum_kernel(
     tl.store(vector_p + c, v.to(vector_p.dtype.element_ty), mask=real & (j >= width))
 
 
-def sum_parts(parts: Tensor, matrix: Tensor, vector: Tensor | None = None) -> None:
-    """Add up parts (R, W * C), or with a vector (R, (W + 1) * C), float32, into matrix (C, W) and vector (C)."""
-    channels = matrix.shape[0]
-    columns = matrix.numel() + (0 if vector is None else channels)
-    if columns == 0:
-        return
-    with on_device(parts):
-        _sum_kernel[(cdiv(columns, _COLUMNS),)](
-            parts, matrix, matrix if vector is None else vector, parts.numel() // columns, columns,
-            matrix.numel() // channels, channels, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
-        )  # fmt: skip
+def sum_parts(parts: int, stride: int, width: int, channels: int, *, vector: bool = False) -> Launch:
+    """A launch that adds up `parts` rows of `stride` numbers: call it on them (float32) and where the sums go.
+
+    The first W * C of a row go to a contiguous matrix (C, W), with `vector` the next C to a vector (C); without it any
+    tensor may stand in its place.
+    """
+    columns = (width + vector) * channels
+    numbers = (parts, stride, columns, width, channels)
+    return Launch(_sum_kernel, cdiv(columns, _COLUMNS), numbers, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)

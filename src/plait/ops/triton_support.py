@@ -50,9 +50,9 @@ def shared_memory(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of `device`, to tell how many programs fill it; in the interpreter those of an H200."""
+    """Multiprocessors of `device`, to tell how many programs fill it; in the interpreter few."""
     if INTERPRET.value:
-        return 132
+        return 8
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -95,7 +95,7 @@ def dry_run(config: Config) -> DryRun:
         by_group[group.name] = by_group.get(group.name, 0) + model.get_parameter(name).numel()
     rows = max(1, training.batch_tokens // length)
     micro = rows if training.micro_batch_tokens is None else max(1, training.micro_batch_tokens // length)
-    passes = 1 + BACKWARD + (1 if training.activation_checkpointing else 0)
+    passes = 1 + BACKWARD + (0 if training.activation_checkpointing == "none" else 1)
     device = choose_device(training.device)
     memory = step_memory(model_config, training, micro, length, accumulate=micro < rows, device=device)
     steps = horizon(training, model, length, rows, None)

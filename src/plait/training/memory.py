@@ -100,8 +100,7 @@ def step_memory(
         rows, length = -(-rows * length // _SHORT), _SHORT
     with FakeTensorMode():
         built = Model(model, device=device).train()
-        if training.activation_checkpointing:
-            recompute_blocks(built.blocks)
+        recompute_blocks(built.blocks, training.activation_checkpointing)
         optimizer = Optimizer(built, training)
         optimizer.set_lr(1.0)
         with Census() as census:

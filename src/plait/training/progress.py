@@ -120,9 +120,12 @@ def describe(result: Evaluation) -> str:
 
 
 def duration(seconds: float) -> str:
-    """75 -> 1:15, 3700 -> 1:01:40."""
+    """75 -> 1:15, 3700 -> 1:01:40; from two days on 200000 -> 2.3 days."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days = seconds / 86400
+        return f"{days:.1f} days" if days < 10 else f"{days:,.0f} days"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 

@@ -195,8 +195,7 @@ def make_model(
     blocks = list(model.blocks)
     if training.compile:
         compile_blocks(blocks)
-    if training.activation_checkpointing:
-        recompute_blocks(blocks)
+    recompute_blocks(blocks, training.activation_checkpointing)
     return model, spread(model, blocks, training.parallel, world)
 
 

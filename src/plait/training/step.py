@@ -62,13 +62,15 @@ def train_step(
             (loss_sum * (factor if batch.n_targets else 0.0)).backward()
             if batch.n_targets:
                 total += loss_sum.detach()
-    loss = world.sums([float(total)])[0] / max(1, n_targets)
+    gradients, scale = optimizer.gradients(), scaler.scale
+    # The one time that the host waits for the device in a step.
+    own, norm = torch.stack([total, whole(torch.nn.utils.get_total_norm(gradients)).to(total)]).tolist()
+    norm /= scale
+    loss = world.sums([own])[0] / max(1, n_targets)
     if not math.isfinite(loss):
         if may_skip:
             return Update(loss, n_targets, math.nan, skipped=True)
         raise NotFinite(f"the loss is {loss}")
-    gradients, scale = optimizer.gradients(), scaler.scale
-    norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / scale
     if not scaler.accept(norm):
         if not (scaler.active or may_skip):
             raise NotFinite(f"the norm of the gradient is {norm}")

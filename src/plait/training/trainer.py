@@ -343,18 +343,24 @@ class Trainer:
         )
         say("optimizer: " + ", ".join(parts.optimizer.describe()))
         if parts.scheduled:
-            say(f"checkpoints that are kept: after {_listed(sorted(parts.scheduled))}")
+            kept = sorted(parts.scheduled)
+            say(f"{len(kept)} of the checkpoints are kept: after steps {_listed(kept)}")
         if checkpoint is None:
             if self.config.training.init_from is not None:
                 say(f"weights and tokenizer are at first those of {self.config.training.init_from}")
             return
         say(f"resumed at step {self.state.step} from {checkpoint}")
-        before = load_config(checkpoint / RUN_CONFIG).to_dict()
-        for path, there, here in differences(before, self.config.to_dict()):
+        before = _named(load_config(checkpoint / RUN_CONFIG))
+        for path, there, here in differences(before, _named(self.config)):
             say(f"changed: {dotted(path)} was {show(there)}, is now {show(here)}")
+
+
+def _named(config: Config) -> dict[str, Any]:
+    """Its values with the folder of the run, which need not be said."""
+    return config.replace(training=config.training.replace(out=config.run_folder)).to_dict()
 
 
 def _listed(steps: list[int]) -> str:
     """The first and the last of many steps, for people."""
     shown = [*map(str, steps[:6]), "...", *map(str, steps[-2:])] if len(steps) > 9 else [*map(str, steps)]
-    return f"{len(steps)} steps: {', '.join(shown)}"
+    return ", ".join(shown)

@@ -153,7 +153,7 @@ def test_every_other_field_does_what_it_says() -> None:
     )  # the number of steps is what counts
     assert (training.objective, training.mlm_probability) == ("masked_lm", 0.3)
     assert config.model.head.kind == "masked_lm" and config.model.causal
-    assert (training.tf32, training.activation_checkpointing) == (False, True)
+    assert (training.tf32, training.activation_checkpointing) == (False, "block")
     assert training.checkpoint_schedule.steps == [1, 5, 25] and training.checkpoint_every == 0
     assert not training.checkpoint_schedule.by_epoch
 

@@ -83,12 +83,12 @@ def validate_config(ctx: typer.Context, config: Config_) -> None:
     settings = run_config(experiment)
     model = Model(settings.model.replace(vocab_size=experiment.tokenizer.vocab_size), device="meta")
     training, told = experiment.training, settings.training
-    length = f"{told.epochs:g} epochs" if told.epochs else f"{told.steps} steps"
+    length = f"{told.epochs:g} epochs" if told.epochs else f"{told.steps:,} steps"
     typer.echo(f"{config} is valid")
     typer.echo(f"  experiment   {experiment.experiment_name}")
     typer.echo(f"  architecture {experiment.model.architecture}, {len(model.blocks)} layers")
     typer.echo(f"  parameters   {model.parameter_counts()['total']:,} at a vocabulary of {model.vocab_size}")
-    typer.echo(f"  training     {training.objective}, {length} of {told.batch_tokens:,} tokens")
+    typer.echo(f"  training     {training.objective}, {length}, {told.batch_tokens:,} tokens a step")
     for what, path in (
         ("corpus", settings.data.train),
         ("test corpus", settings.data.validation),

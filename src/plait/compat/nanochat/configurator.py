@@ -49,10 +49,10 @@ def read_command_line(words: Sequence[str], settings: type[Section]) -> CommandL
         line.settings.update(read_config_file(_found(name)))
     for name, text in override_pairs(options):
         key = name.replace("-", "_")
-        if "." in name or key in Config.model_fields:
-            line.overrides.append(f"--{name}" if text is None else f"--{name}={text}")
-        elif key in names:
+        if key in names:
             line.settings[key] = _value(text, key, settings)
+        elif "." in name or key in Config.model_fields:
+            line.overrides.append(f"--{name}" if text is None else f"--{name}={text}")
         else:
             raise ConfigError(
                 f"there is no setting {name!r}{nearest(key, names)}; there are {', '.join(sorted(names))}"

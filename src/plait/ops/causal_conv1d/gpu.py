@@ -1,68 +1,44 @@
 """The causal depthwise convolution on GPUs: the Triton kernels of gpu_kernels.py as torch custom ops.
 
-It likes channels contiguous, as projections give them, and takes time contiguous, x of memory (S, C, T), as fast;
-y and dx come in x's order. Only the inputs are kept for the backward. Two runs are equal bit for bit.
+It likes channels side by side, as projections give them; x or gradients in another order are copied. Only the inputs
+are kept for the backward. Two runs are equal bit for bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.ops.causal_conv1d.gpu_kernels import TILE, backward_kernel, forward_kernel
+from plait.ops.triton_launch import Launch
 from plait.ops.triton_sums import sum_parts
-from plait.ops.triton_support import KernelOp, cdiv, on_device, power_of_2
+from plait.ops.triton_support import KernelOp, cdiv, power_of_2
 
 PROGRAMS = 2048
-"""Warps that fill a GPU; chunks are cut shorter to have as many."""
-FORWARD = {"bytes": 16, "warps": 1, "longest": 64}
-"""Of the forward: what a lane loads at once if channels lie side by side; warps a program; tokens a chunk at most."""
-BACKWARD = {"bytes": 8, "warps": 1, "longest": 128}
-TIME_FORWARD = {"bytes": 0, "warps": 1, "longest": 128}
-"""Where tokens lie side by side: one channel a lane."""
-TIME_BACKWARD = {"bytes": 0, "warps": 1, "longest": 256}
-MOST_TAPS = 9
-"""Taps up to which a tile holds the tokens that its neighbour needs."""
+"""Programs that fill a GPU; chunks are cut shorter to have as many."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut."""
+class Config(NamedTuple):
+    """What a kernel of one warp a program does: bytes a lane loads at once, tokens a chunk at most, registers."""
 
-    rows: int
+    bytes: int
+    longest: int
+    registers: int | None = None
+
+
+FORWARD = Config(8, 64)
+BACKWARD = Config(4, 256)
+
+
+class Call(NamedTuple):
+    """All that depends on the shapes alone."""
+
+    launch: Launch
     chunks: int
-    """of a row"""
-    tokens: int
-    """of a chunk"""
-    blocks: int
-    """of channels"""
-    channels: int
-    """of a block"""
-    warps: int
-
-    @property
-    def programs(self) -> int:
-        """Programs in all."""
-        return self.rows * self.chunks * self.blocks
-
-
-def plan(x: Tensor, width: int, table: dict[str, int]) -> Plan:
-    """Cut x (S, T, C) for a kernel of `width` taps."""
-    rows, length, channels = x.shape
-    warps, lanes = table["warps"], max(table["bytes"] // x.element_size(), 1)
-    # narrow inputs spread over more programs; many taps leave registers for few channels
-    while lanes > 1 and (32 * lanes * warps >= 2 * channels or lanes * width > 32):
-        lanes //= 2
-    while warps > 1 and 32 * lanes * warps >= 2 * channels:
-        warps //= 2
-    per_block = 32 * lanes * warps
-    blocks = cdiv(channels, per_block)
-    wanted = cdiv(length * rows * blocks * warps, PROGRAMS)
-    tokens = min(power_of_2(wanted, TILE.value), table["longest"])
-    return Plan(rows, max(cdiv(length, tokens), 1), tokens, blocks, per_block, warps)
+    add: Launch | None = None
 
 
 def causal_conv1d(
@@ -94,23 +70,22 @@ def _forward(
     y, final = _fake_forward(x, weight, bias, initial, cu_seqlens, silu)
     if x.shape[2] == 0 or final.shape[0] == 0:
         return y, final
-    width, time = weight.shape[1], _time_order(x)
-    p = plan(x, width, TIME_FORWARD if time else FORWARD)
-    state = x if initial is None else initial.contiguous()
-    with on_device(x):
-        forward_kernel[(p.programs,)](
-            x, weight, x if bias is None else bias, state, y, final, x if cu_seqlens is None else cu_seqlens,
-            *x.stride(), *y.stride(), *weight.stride(), x.shape[2], x.shape[1], final.shape[0], p.chunks, p.blocks,
-            p.tokens, WIDTH=width, CHANNELS=p.channels, SILU=silu, BIAS=bias is not None,
-            INITIAL=initial is not None, VARLEN=cu_seqlens is not None, TX=time and width <= MOST_TAPS, TY=time,
-            num_warps=p.warps,
-        )  # fmt: skip
+    x = _rows(x)
+    call = _forward_call(
+        x.shape, x.stride(), x.dtype, x.device, weight.stride(), weight.dtype, final.shape[:2], silu,
+        None if bias is None else bias.dtype, None if initial is None else initial.dtype,
+        None if cu_seqlens is None else cu_seqlens.dtype,
+    )  # fmt: skip
+    call.launch(
+        x, weight, x if bias is None else bias, x if initial is None else initial.contiguous(), y, final,
+        x if cu_seqlens is None else cu_seqlens,
+    )  # fmt: skip
     return y, final
 
 
 def _fake_forward(x, weight, bias, initial, cu_seqlens, silu):  # type: ignore[no-untyped-def]
     n_seq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _like(x), x.new_empty(n_seq, weight.shape[1] - 1, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(n_seq, weight.shape[1] - 1, x.shape[2])
 
 
 def _backward(
@@ -132,30 +107,28 @@ def _backward(
         for grad in grads:
             grad.zero_()
         return grads
-    width, time = weight.shape[1], _time_order(x)
-    near = width <= MOST_TAPS
-    p = plan(x, width, TIME_BACKWARD if time else BACKWARD)
-    state = x if initial is None else initial.contiguous()
-    dlast = x if dfinal is None else dfinal.contiguous()
-    parts = x.new_empty(p.rows * p.chunks, (width + 1) * x.shape[2], dtype=torch.float32)
-    with on_device(x):
-        backward_kernel[(p.programs,)](
-            dy, dlast, x, weight, x if bias is None else bias, state, dx, dinitial, parts,
-            x if cu_seqlens is None else cu_seqlens, *dy.stride(), *x.stride(), *dx.stride(), *weight.stride(),
-            x.shape[2], x.shape[1], n_seq, p.chunks, p.blocks, p.tokens, WIDTH=width, CHANNELS=p.channels, SILU=silu,
-            BIAS=bias is not None, INITIAL=initial is not None, FINAL=dfinal is not None,
-            VARLEN=cu_seqlens is not None, TX=time and near, TDY=_time_order(dy) and near, TDX=time,
-            num_warps=p.warps,
-        )  # fmt: skip
-    sum_parts(parts, dweight, dbias if bias is not None else parts.new_empty(x.shape[2]))
+    x, dy = _rows(x), _rows(dy)
+    call = _backward_call(
+        x.shape, x.stride(), x.dtype, x.device, weight.stride(), weight.dtype, (n_seq, weight.shape[1] - 1), silu,
+        None if bias is None else bias.dtype, None if initial is None else initial.dtype,
+        None if cu_seqlens is None else cu_seqlens.dtype, dy.stride(), dfinal is not None,
+    )  # fmt: skip
+    parts = x.new_empty(call.chunks, weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
+    call.launch(
+        dy, x if dfinal is None else dfinal.contiguous(), x, weight, x if bias is None else bias,
+        x if initial is None else initial.contiguous(), dx, dinitial, parts, x if cu_seqlens is None else cu_seqlens,
+    )  # fmt: skip
+    assert call.add is not None
+    call.add(parts, dweight, parts if bias is None else dbias)
     return grads
 
 
 def _fake_backward(dy, dfinal, x, weight, bias, initial, cu_seqlens, silu):  # type: ignore[no-untyped-def]
+    none = x.new_empty(0)
     return (
-        _like(x),
+        x.new_empty(x.shape),
         weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        none if bias is None else bias.new_empty(bias.shape),
         x.new_empty(0) if initial is None else initial.new_empty(initial.shape),
     )
 
@@ -184,14 +157,83 @@ CONVOLUTION = KernelOp(
 """The convolution with its gradient."""
 
 
-def _time_order(x: Tensor) -> bool:
-    """Whether x (S, T, C) has tokens side by side, and not channels."""
-    return x.stride(1) == 1 and x.stride(2) != 1
+class Plan(NamedTuple):
+    """How the work is cut."""
+
+    tokens: int
+    """of a chunk"""
+    chunks: int
+    """of a row"""
+    channels: int
+    """of a block"""
+    blocks: int
 
 
-def _like(x: Tensor) -> Tensor:
-    """A new tensor (S, T, C) in x's order: time contiguous or channels contiguous."""
-    rows, length, channels = x.shape
-    if _time_order(x):
-        return x.new_empty(rows, channels, length).transpose(1, 2)
-    return x.new_empty(rows, length, channels)
+def plan(shape: torch.Size, size: int, width: int, config: Config) -> Plan:
+    """Cut x (S, T, C) of `size` bytes a number for a kernel of `width` taps."""
+    rows, length, channels = shape
+    lanes = max(config.bytes // size, 1)
+    # narrow inputs spread over more programs; many taps leave registers for few channels
+    while lanes > 1 and (32 * lanes >= 2 * channels or lanes * width > 32):
+        lanes //= 2
+    blocks = cdiv(channels, 32 * lanes)
+    tokens = min(power_of_2(cdiv(length * rows * blocks, PROGRAMS), TILE.value), config.longest)
+    return Plan(tokens, max(cdiv(length, tokens), 1), 32 * lanes, blocks)
+
+
+@lru_cache(maxsize=1024)
+def _forward_call(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    taps: tuple[int, ...],
+    weight: torch.dtype,
+    final: tuple[int, int],
+    silu: bool,
+    bias: torch.dtype | None,
+    initial: torch.dtype | None,
+    bounds: torch.dtype | None,
+) -> Call:
+    p = plan(shape, dtype.itemsize, final[1] + 1, FORWARD)
+    numbers = (*stride[:2], *taps, shape[2], shape[1], final[0], p.chunks, p.blocks, p.tokens)
+    launch = Launch(
+        forward_kernel, shape[0] * p.chunks * p.blocks, numbers, WIDTH=final[1] + 1, CHANNELS=p.channels, SILU=silu,
+        BIAS=bias is not None, INITIAL=initial is not None, VARLEN=bounds is not None, num_warps=1,
+        maxnreg=FORWARD.registers,
+    )  # fmt: skip
+    return Call(launch, shape[0] * p.chunks)
+
+
+@lru_cache(maxsize=1024)
+def _backward_call(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    taps: tuple[int, ...],
+    weight: torch.dtype,
+    final: tuple[int, int],
+    silu: bool,
+    bias: torch.dtype | None,
+    initial: torch.dtype | None,
+    bounds: torch.dtype | None,
+    dy_stride: tuple[int, ...],
+    dfinal: bool,
+) -> Call:
+    width = final[1] + 1
+    p = plan(shape, dtype.itemsize, width, BACKWARD)
+    numbers = (*dy_stride[:2], *stride[:2], *taps, shape[2], shape[1], final[0], p.chunks, p.blocks, p.tokens)
+    launch = Launch(
+        backward_kernel, shape[0] * p.chunks * p.blocks, numbers, WIDTH=width, CHANNELS=p.channels, SILU=silu,
+        BIAS=bias is not None, INITIAL=initial is not None, FINAL=dfinal, VARLEN=bounds is not None, num_warps=1,
+        maxnreg=BACKWARD.registers,
+    )  # fmt: skip
+    chunks = shape[0] * p.chunks
+    add = sum_parts(chunks, (width + 1) * shape[2], width, shape[2], vector=bias is not None)
+    return Call(launch, chunks, add)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (S, T, C), copied if its channels do not lie side by side."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

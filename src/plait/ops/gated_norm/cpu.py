@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.gated_norm import cpu_kernels
-from plait.ops.numba_support import flat, rows, run
+from plait.ops.numba_support import direct, flat, rows, run
 
 _KNOWN = (torch.float32, torch.bfloat16)
 
@@ -28,7 +28,9 @@ def gated_norm(
     shape = (x.shape[:-1].numel(), channels)
     if z is not None and z.dtype not in _KNOWN:
         z = z.float()
-    y, _ = _forward(
+    y, _ = direct(
+        _forward,
+        _compute,
         x.reshape(shape),
         None if z is None else z.reshape(shape),
         weight,
@@ -39,8 +41,7 @@ def gated_norm(
     return y.view(x.shape)
 
 
-@torch.library.custom_op("plait::gated_norm_cpu", mutates_args=(), device_types="cpu")
-def _forward(
+def _compute(
     x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, size: int, norm_first: bool
 ) -> tuple[Tensor, Tensor]:
     """x, z (R, E), weight (E) -> y (R, E), r (R, E/size)."""
@@ -60,6 +61,9 @@ def _forward(
         norm_first or None,
     )
     return y, scales
+
+
+_forward = torch.library.custom_op("plait::gated_norm_cpu", _compute, mutates_args=(), device_types="cpu")
 
 
 @_forward.register_fake

@@ -1,19 +1,23 @@
 """The gated RMS norm on GPUs: the Triton kernels of gpu_kernels.py as torch custom ops; only the inputs are kept.
 
-It reads rows in any order, channels side by side fastest. Two runs are equal bit for bit.
+It reads rows wherever they lie, also heads in the middle of a projection; channels have to lie side by side, or are
+copied. Two runs are equal bit for bit.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.ops.gated_norm.gpu_kernels import backward_kernel, forward_kernel
+from plait.ops.triton_launch import Launch
 from plait.ops.triton_sums import sum_parts
-from plait.ops.triton_support import KernelOp, cdiv, multiprocessors, on_device, power_of_2
+from plait.ops.triton_support import KernelOp, cdiv, multiprocessors, power_of_2
 
 TILE = 2048
 """Numbers a tile at least."""
@@ -26,13 +30,21 @@ class Config(NamedTuple):
     tiles: int
     """Forward: tiles a program. Backward: programs a multiprocessor."""
     ahead: bool = False
-    """Backward: load the next tile before this one is worked on."""
+    """Backward: the next tile is loaded before this one is worked on."""
 
 
-FORWARD = {2048: Config(4, 1), 4096: Config(8, 1), 8192: Config(16, 1)}
-BACKWARD = {2048: Config(8, 3, True), 4096: Config(16, 1, True), 8192: Config(32, 1)}
+FORWARD = {2048: Config(4, 1), 4096: Config(4, 2), 8192: Config(8, 1), 16384: Config(16, 1)}
+BACKWARD = {2048: Config(4, 4, True), 4096: Config(16, 1, True), 8192: Config(8, 1)}
 WIDE = Config(32, 1)
 """For tiles beyond the tables."""
+
+
+class Call(NamedTuple):
+    """All that depends on the shapes alone."""
+
+    launch: Launch
+    parts: int = 0
+    add: Launch | None = None
 
 
 def gated_norm(
@@ -54,18 +66,13 @@ def _forward(
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    (x, *rest), inner = _rows(x, *([] if z is None else [z]))
-    gate = rest[0] if rest else x
-    rows, groups = x.shape[0] * x.shape[1], x.shape[2] // size
-    columns = power_of_2(size)
-    tile = max(TILE // columns, 1)
-    c = FORWARD.get(tile * columns, WIDE)
-    with on_device(x):
-        forward_kernel[(groups * cdiv(rows, tile * c.tiles),)](
-            x, gate, x if weight is None else weight.contiguous(), y, rows, inner, groups, size, *x.stride(),
-            *gate.stride(), eps, c.tiles, ROWS=tile, COLUMNS=columns, GATE=z is not None, NORM_FIRST=norm_first,
-            WEIGHT=weight is not None, num_warps=c.warps,
-        )  # fmt: skip
+    key = (x.device, x.dtype, None if weight is None else weight.dtype, eps, size, norm_first)
+    call = _forward_call(x.shape, (x.stride(), *_stride(z)), None if z is None else z.dtype, *key)
+    if call is None:
+        x, z = x.contiguous(), None if z is None else z.contiguous()
+        call = _forward_call(x.shape, (x.stride(), *_stride(z)), None if z is None else z.dtype, *key)
+        assert call is not None
+    call.launch(x, x if z is None else z, x if weight is None else weight.contiguous(), y)
     return y
 
 
@@ -81,22 +88,17 @@ def _backward(
     if x.numel() == 0:
         dweight.zero_()
         return grads
-    (dy, x, *rest), inner = _rows(dy, x, *([] if z is None else [z]))
-    gate = rest[0] if rest else x
-    rows, groups = x.shape[0] * x.shape[1], x.shape[2] // size
-    columns = power_of_2(size)
-    tile = max(TILE // columns, 1)
-    c = BACKWARD.get(tile * columns, WIDE)
-    programs = min(cdiv(multiprocessors(x.device) * c.tiles, groups), cdiv(rows, tile))
-    parts = x.new_empty(0 if weight is None else programs * x.shape[2], dtype=torch.float32)
-    with on_device(x):
-        backward_kernel[(groups * programs,)](
-            dy, x, gate, x if weight is None else weight.contiguous(), dx, dz, parts, rows, inner, groups, size,
-            *dy.stride(), *x.stride(), *gate.stride(), eps, ROWS=tile, COLUMNS=columns, GATE=z is not None,
-            NORM_FIRST=norm_first, WEIGHT=weight is not None, AHEAD=c.ahead, num_warps=c.warps,
-        )  # fmt: skip
-    if weight is not None:
-        sum_parts(parts, dweight)
+    key = (x.device, x.dtype, None if weight is None else weight.dtype, eps, size, norm_first)
+    kind = None if z is None else z.dtype
+    call = _backward_call(x.shape, (dy.stride(), x.stride(), *_stride(z)), kind, *key)
+    if call is None:
+        dy, x, z = dy.contiguous(), x.contiguous(), None if z is None else z.contiguous()
+        call = _backward_call(x.shape, (dy.stride(), x.stride(), *_stride(z)), kind, *key)
+        assert call is not None
+    parts = dweight if weight is None else x.new_empty(call.parts, dtype=torch.float32)
+    call.launch(dy, x, x if z is None else z, x if weight is None else weight.contiguous(), dx, dz, parts)
+    if call.add is not None:
+        call.add(parts, dweight, parts)
     return grads
 
 
@@ -129,18 +131,83 @@ NORM = KernelOp(
 """The norm with its gradient."""
 
 
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], int]:
-    """The tensors (..., E) as views (outer, inner, E), and inner; copies where more than two strides are needed."""
-    shape = tensors[0].shape
-    if all(t.is_contiguous() for t in tensors):
-        return [t.view(-1, 1, shape[-1]) for t in tensors], 1
+@lru_cache(maxsize=1024)
+def _forward_call(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    gate: torch.dtype | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight: torch.dtype | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+) -> Call | None:
+    """None if the tensors have to be copied first."""
+    layout = rows_of(shape, strides)
+    if layout is None:
+        return None
+    inner, steps = layout
+    rows, groups, columns = prod(shape[:-1]), shape[-1] // size, power_of_2(size)
+    tile = max(TILE // columns, 1)
+    c = FORWARD.get(tile * columns, WIDE)
+    launch = Launch(
+        forward_kernel, groups * cdiv(rows, tile * c.tiles),
+        (rows, inner, groups, size, *steps[0], *steps[-1], eps, c.tiles), ROWS=tile, COLUMNS=columns,
+        GATE=gate is not None, NORM_FIRST=norm_first, WEIGHT=weight is not None, num_warps=c.warps,
+    )  # fmt: skip
+    return Call(launch)
+
+
+@lru_cache(maxsize=1024)
+def _backward_call(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    gate: torch.dtype | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight: torch.dtype | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+) -> Call | None:
+    layout = rows_of(shape, strides)
+    if layout is None:
+        return None
+    inner, steps = layout
+    rows, groups, columns = prod(shape[:-1]), shape[-1] // size, power_of_2(size)
+    tile = max(TILE // columns, 1)
+    c = BACKWARD.get(tile * columns, WIDE)
+    programs = min(cdiv(multiprocessors(device) * c.tiles, groups), cdiv(rows, tile))
+    launch = Launch(
+        backward_kernel, groups * programs,
+        (rows, inner, groups, size, *steps[0], *steps[1], *steps[-1], eps), ROWS=tile, COLUMNS=columns,
+        GATE=gate is not None, NORM_FIRST=norm_first, WEIGHT=weight is not None, AHEAD=c.ahead, num_warps=c.warps,
+    )  # fmt: skip
+    if weight is None:
+        return Call(launch)
+    return Call(launch, programs * shape[-1], sum_parts(programs, shape[-1], 1, shape[-1]))
+
+
+def rows_of(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[int, list[tuple[int, int]]] | None:
+    """See tensors (..., E) of these strides as (outer, inner, E): inner, and outer and inner stride of each.
+
+    None if that cannot be, because some tensor would need three strides or has its channels apart.
+    """
+    if shape[-1] > 1 and any(stride[-1] != 1 for stride in strides):
+        return None
     leading = [i for i in range(len(shape) - 1) if shape[i] != 1]
-    # where two neighbouring dimensions of some tensor cannot be seen as one
-    cuts = [b for a, b in pairwise(leading) if not all(_joins(t, a, b) for t in tensors)]
-    cut = cuts[-1] if cuts else len(shape) - 1
-    outer, inner = shape[:cut].numel(), shape[cut:-1].numel()
-    return [t.reshape(outer, inner, shape[-1]) for t in tensors], inner
+    # where two neighbouring dimensions of some tensor are not one
+    cuts = [b for a, b in pairwise(leading) if any(s[a] != s[b] * shape[b] for s in strides)]
+    if len(cuts) > 1:
+        return None
+    outer = [i for i in leading if not cuts or i < cuts[0]][-1:]
+    inner = leading[-1:] if cuts else []
+    steps = [(sum(s[i] for i in outer), sum(s[i] for i in inner)) for s in strides]
+    return prod(shape[cuts[0] : -1]) if cuts else 1, steps
 
 
-def _joins(x: Tensor, a: int, b: int) -> bool:
-    return x.stride(a) == x.stride(b) * x.shape[b]
+def _stride(z: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    return () if z is None else (z.stride(),)

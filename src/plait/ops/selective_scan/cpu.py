@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.ops.numba_support import flat, run
+from plait.ops.numba_support import direct, flat, run
 from plait.ops.segments import segments
 from plait.ops.selective_scan import cpu_kernels
 from plait.ops.tiles import LANES
@@ -44,12 +44,11 @@ def selective_scan(
     """Mamba-1's recurrence in float32; shapes as in `plait.ops.selective_scan`. x may not be float64."""
     given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    y, final, _ = _forward(*given, cu_seqlens, dt_softplus, save)
+    y, final, _ = direct(_forward, _compute, *given, cu_seqlens, dt_softplus, save)
     return y, final
 
 
-@torch.library.custom_op("plait::selective_scan_cpu", mutates_args=(), device_types="cpu")
-def _forward(
+def _compute(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -88,6 +87,9 @@ def _forward(
         *(flat(t) for t in (y, final, marks)),
     )
     return y.to(x.dtype), final, marks
+
+
+_forward = torch.library.custom_op("plait::selective_scan_cpu", _compute, mutates_args=(), device_types="cpu")
 
 
 @_forward.register_fake
@@ -223,7 +225,8 @@ def _tokens(*tensors: Tensor) -> list[Any]:
 
 def _keys(B: Tensor, deep: int) -> np.ndarray:
     """B or C as float32 (S, T, G, N padded with zeros), flat."""
-    return flat(functional.pad(B.float(), (0, deep - B.shape[-1])).contiguous())
+    missing = deep - B.shape[-1]
+    return flat((functional.pad(B.float(), (0, missing)) if missing else B.float()).contiguous())
 
 
 def _keys_gradient(parts: Tensor, B: Tensor) -> Tensor:

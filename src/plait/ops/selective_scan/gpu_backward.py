@@ -5,11 +5,13 @@
 
 `w` is what a tile passes back, a_t g_t of its first token. States before each tile come from the sweep forward
 (gpu_forward.py, AGAIN); within a tile they and the decays are computed again. dB and dC need a sum over channels,
-which lie across the lanes: a product with ones on the tensor cores does it. Every program writes its own part;
-`finish_kernel` adds them in a fixed order, so that two runs are equal bit for bit.
+which lie across the lanes: a lane adds its two, and a product with ones on the tensor cores adds the lanes. Every
+program writes its own part; `finish_kernel` adds them in a fixed order, so that two runs are equal bit for bit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# Triton knows no starred tuples, and decides an `if` on a constexpr before it looks inside.
+# ruff: noqa: RUF005, SIM102
 
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ from plait.ops.selective_scan.gpu_tiles import (
     step_size,
     store_tile,
     tiles_of,
+    touch,
+    touch_packed,
     unpack,
     vector,
 )
@@ -46,6 +50,15 @@ def add_lanes(x, EXACT: tl.constexpr):
     else:
         total = tl.dot(tl.trans(x), ones, input_precision="tf32")
     return total
+
+
+@triton.jit
+def pairs(x):
+    """[R, 8] -> [32, 8]: neighbouring channels, which are in one thread, added."""
+    if x.shape[0] == 64:
+        return tl.sum(tl.reshape(x, [32, 2, 8]), 1)
+    else:
+        return x
 
 
 @triton.jit
@@ -74,7 +87,14 @@ def retreat(dt, du, dy, s1, s2, h, w, da, rate, bc_p):
         grads = (grad,) + grads
     g = pack(grads)
     through = g * pack(before)
-    return s1 + g * b, s2 + through * rate[:, None], w, da + tl.sum(through * dt, 1), g * du, pack(states) * dy
+    return (
+        s1 + g * b,
+        s2 + through * rate[:, None],
+        w,
+        da + tl.sum(through * dt, 1),
+        g * du,
+        pack(states) * dy,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -131,8 +151,6 @@ def reverse_kernel(
     VARLEN: tl.constexpr,
     EDGE: tl.constexpr,
     EXACT: tl.constexpr,
-    STAY: tl.constexpr = "evict_last",
-    PASS: tl.constexpr = "evict_first",
 ):
     """A program: R channels of an item, from its last tile to its first, U states at a time (1 or 2).
 
@@ -146,16 +164,20 @@ def reverse_kernel(
     block = tl.program_id(0) % (GROUPS * per_group)
     item = tl.program_id(0) // (GROUPS * per_group)
     group = block // per_group
-    channel = group * (CHANNELS // GROUPS) + block % per_group * R + tl.arange(0, R)
-    live = channel < (group + 1) * (CHANNELS // GROUPS)
-    sequence, row, begin, end, first, last = locate(item, bounds, sequences, length, segment, segments, VARLEN)
+    first_channel = group * (CHANNELS // GROUPS) + block % per_group * R
+    channel = first_channel + tl.arange(0, R)
+    limit = (group + 1) * (CHANNELS // GROUPS)
+    live = channel < limit
+    sequence, row, begin, end, first, last = locate(
+        item, bounds, sequences, length, segment, segments, VARLEN
+    )
     tile_0, tile_1 = tiles_of(begin, end)
     row = tl.cast(row, tl.int64)
     sequence = tl.cast(sequence, tl.int64)
-    x_p += row * x_r + channel
-    dt_p += row * dt_r + channel
-    z_p += row * z_r + channel
-    g_p += row * g_r + channel
+    x_p += row * x_r
+    dt_p += row * dt_r
+    z_p += row * z_r
+    g_p += row * g_r
     dx_p += row * out_r + channel
     ddt_p += row * out_r + channel
     w_p += tl.cast(item, tl.int64) * AREA + channel
@@ -164,7 +186,7 @@ def reverse_kernel(
     if VARLEN:
         slot += item
     bc_p += (slot * GROUPS + group) * (PADDED * 16)
-    kept_p += slot * AREA + channel
+    kept_p += slot * AREA
     parts_p += ((tl.cast(block % per_group, tl.int64) * slots + slot) * GROUPS + group) * (PADDED * 16)
     bias = vector(bias_p, channel, live, BIAS)
     skip = vector(d_p, channel, live, SKIP)
@@ -179,19 +201,37 @@ def reverse_kernel(
             later = tl.load(at, mask=live & (m < STATES), other=0.0).to(tl.float32)
         if SEGMENTED:
             rate0 = tl.load(a_p + m * CHANNELS + channel, mask=live, other=0.0)
-            for back in range(last - item):
+            for back in tl.range(0, last - item, loop_unroll_factor=4):
                 later = follow(later, rate0, back_p, sums_p, last - back, m, channel, live, CHANNELS, PADDED)
         tl.store(w_p + m * CHANNELS, later, mask=live)
+    seen = vector(d_p, channel, live, False)
     column = tl.arange(0, 8)[None, :]
     entry = tl.arange(0, WIDE)[:, None]
     for back_tile in range(tile_1 - tile_0):
+        tl.debug_barrier()  # states written before are read by the lanes that need them now
         t0 = (tile_1 - 1 - back_tile) * 8
         inside = inside_item(t0, begin, end)
-        x = load_tile(x_p, t0, X_T, live, begin, end, EDGE)
-        dt = step_size(load_tile(dt_p, t0, DT_T, live, begin, end, EDGE), bias, inside, SOFTPLUS, EDGE)
-        dy = load_tile(g_p, t0, G_T, live, begin, end, EDGE)
+        seen = touch(x_p + first_channel, seen, channel, limit, t0 - 8, X_T, begin, end)
+        seen = touch(dt_p + first_channel, seen, channel, limit, t0 - 8, DT_T, begin, end)
+        seen = touch(g_p + first_channel, seen, channel, limit, t0 - 8, G_T, begin, end)
         if GATE:
-            z = load_tile(z_p, t0, Z_T, live, begin, end, EDGE)
+            seen = touch(z_p + first_channel, seen, channel, limit, t0 - 8, Z_T, begin, end)
+        more = tile_1 - tile_0 - 1 - back_tile
+        seen = touch_packed(bc_p - GROUPS * PADDED * 16, seen, PADDED, more)
+        lane = tl.arange(0, R)
+        for part in tl.static_range((PADDED + 7) // 8):
+            state = part * 8 + lane // (R // 8)
+            sector = first_channel + lane % (R // 8) * 8
+            wanted = (state < PADDED) & (sector < limit) & (lane * 0 + more > 0)
+            ahead = tl.load(kept_p - AREA + state * CHANNELS + sector, mask=wanted, other=0.0)
+            seen = tl.maximum(seen, ahead)
+        x = load_tile(x_p + channel, t0, X_T, live, begin, end, EDGE)
+        dt = step_size(
+            load_tile(dt_p + channel, t0, DT_T, live, begin, end, EDGE), bias, inside, SOFTPLUS, EDGE
+        )
+        dy = load_tile(g_p + channel, t0, G_T, live, begin, end, EDGE)
+        if GATE:
+            z = load_tile(z_p + channel, t0, Z_T, live, begin, end, EDGE)
             dy *= z * sigmoid(z)
         du = dt * x
         s1 = tl.zeros([R, 8], tl.float32)
@@ -202,26 +242,26 @@ def reverse_kernel(
                 summands = ()
                 for u in tl.static_range(U):
                     n = start + i * U + u
-                    rate = tl.load(a_p + n * CHANNELS + channel, mask=live, other=0.0, eviction_policy=STAY)
-                    h = tl.load(kept_p + n * CHANNELS, mask=live, other=0.0, eviction_policy=PASS)
-                    w = tl.load(w_p + n * CHANNELS, mask=live, other=0.0, eviction_policy=STAY)
-                    da = tl.load(da_p + n * CHANNELS, mask=live, other=0.0, eviction_policy=STAY)
+                    rate = tl.load(a_p + n * CHANNELS + channel, mask=live, other=0.0)
+                    h = tl.load(kept_p + n * CHANNELS + channel, mask=live, other=0.0)
+                    w = tl.load(w_p + n * CHANNELS, mask=live, other=0.0)
+                    da = tl.load(da_p + n * CHANNELS, mask=live, other=0.0)
                     s1, s2, w, da, pb, pc = retreat(dt, du, dy, s1, s2, h, w, da, rate, bc_p + n * 16)
-                    tl.store(w_p + n * CHANNELS, w, mask=live, eviction_policy=STAY)
-                    tl.store(da_p + n * CHANNELS, da, mask=live, eviction_policy=STAY)
-                    summands = summands + (tl.join(pb, pc),)
+                    tl.store(w_p + n * CHANNELS, w, mask=live)
+                    tl.store(da_p + n * CHANNELS, da, mask=live)
+                    summands = summands + (tl.join(pairs(pb), pairs(pc)),)
                 if U == 2:
                     both = tl.join(summands[0], summands[1])
                 else:
                     both = summands[0]
-                sums = tl.where(column == i, add_lanes(tl.reshape(both, [R, WIDE]), EXACT), sums)
+                sums = tl.where(column == i, add_lanes(tl.reshape(both, [32, WIDE]), EXACT), sums)
             real = (column < (PADDED - start) // U) & (entry >= 0)
             tl.store(parts_p + start * 16 + column * WIDE + entry, sums, mask=real)
         # loaded again: kept, they would cost registers
-        x2 = load_tile(x_p, t0, X_T, live, begin, end, EDGE)
+        x2 = load_tile(x_p + channel, t0, X_T, live, begin, end, EDGE)
         ddt = x2 * s1 + s2 * LN2
         if SOFTPLUS:
-            ddt *= sigmoid(load_tile(dt_p, t0, DT_T, live, begin, end, EDGE) + bias[:, None])
+            ddt *= sigmoid(load_tile(dt_p + channel, t0, DT_T, live, begin, end, EDGE) + bias[:, None])
         if EDGE:
             ddt = tl.where(inside[None, :], ddt, 0.0)
         dskip += tl.sum(dy * x2, 1)
@@ -231,11 +271,14 @@ def reverse_kernel(
         bc_p -= GROUPS * PADDED * 16
         parts_p -= GROUPS * PADDED * 16
         kept_p -= AREA
+    # never true: without a use the loads ahead would be left out
+    tl.store(da_p, seen, mask=live & (channel * 0 + length < 0))
     vectors_p += tl.cast(item, tl.int64) * (2 * CHANNELS) + channel
     tl.store(vectors_p, dskip, mask=live)
     tl.store(vectors_p + CHANNELS, dbias, mask=live)
     if INITIAL:
         if item == first:
+            tl.debug_barrier()
             for k in range(STATES):
                 passed = tl.load(w_p + k * CHANNELS, mask=live, other=0.0)
                 tl.store(initial_p + sequence * (CHANNELS * STATES) + channel * STATES + k, passed, mask=live)

@@ -1,6 +1,7 @@
 """The selective scan forward in Triton: B, C and A in the kernels' order, and the sweep over time.
 
-    a_t = exp(dt_t A),  h_t = a_t h_{t-1} + dt_t x_t B_t,  y_t = C_t h_t + D x_t   (arXiv 2312.00752, eq. 2); y *= silu(z)
+    a_t = exp(dt_t A),  h_t = a_t h_{t-1} + dt_t x_t B_t,  y_t = C_t h_t + D x_t   (arXiv 2312.00752, eq. 2)
+    y_t *= silu(z_t) if there is a gate
 
 One sweep serves three times, told apart by MODE. LOCAL: the state that a segment of a sequence reaches from zero, and
 the sum of its dt (its decay is exp(A * that)). OUTPUT: y, beginning with the state that the earlier segments' local
@@ -13,6 +14,8 @@ they stay in the caches, and the loop over them is compiled once for any N.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# Triton knows no starred tuples, and decides an `if` on a constexpr before it looks inside.
+# ruff: noqa: RUF005, SIM102
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ from plait.ops.selective_scan.gpu_tiles import (
     step_size,
     store_tile,
     tiles_of,
+    touch,
+    touch_packed,
     unpack,
     vector,
 )
@@ -106,7 +111,9 @@ def pack_kernel(
                     slot = tl.cast(tile + sequence + tile * 8 // segment, tl.int64)
                     own = (t >= begin) & (t < end)
                     tl.store(at + (slot * GROUPS + group) * (PADDED * 16), tl.where(own, b, 0.0), mask=stored)
-                    tl.store(at + (slot * GROUPS + group) * (PADDED * 16) + 8, tl.where(own, c, 0.0), mask=stored)
+                    tl.store(
+                        at + (slot * GROUPS + group) * (PADDED * 16) + 8, tl.where(own, c, 0.0), mask=stored
+                    )
                 begin = end
                 sequence += 1
         else:
@@ -190,7 +197,6 @@ def sweep_kernel(
     SEGMENTED: tl.constexpr,
     VARLEN: tl.constexpr,
     EDGE: tl.constexpr,
-    STAY: tl.constexpr = "evict_last",
 ):
     """A program: R channels of an item, tile by tile, U states at a time.
 
@@ -205,19 +211,23 @@ def sweep_kernel(
     block = tl.program_id(0) % (GROUPS * per_group)
     item = tl.program_id(0) // (GROUPS * per_group)
     group = block // per_group
-    channel = group * (CHANNELS // GROUPS) + block % per_group * R + tl.arange(0, R)
-    live = channel < (group + 1) * (CHANNELS // GROUPS)
-    sequence, row, begin, end, first, last = locate(item, bounds, sequences, length, segment, segments, VARLEN)
+    first_channel = group * (CHANNELS // GROUPS) + block % per_group * R
+    channel = first_channel + tl.arange(0, R)
+    limit = (group + 1) * (CHANNELS // GROUPS)
+    live = channel < limit
+    sequence, row, begin, end, first, last = locate(
+        item, bounds, sequences, length, segment, segments, VARLEN
+    )
     tile_0, tile_1 = tiles_of(begin, end)
     if MODE == LOCAL:
         if item == last:  # nothing follows
             tile_1 = tile_0
     row = tl.cast(row, tl.int64)
     sequence = tl.cast(sequence, tl.int64)
-    x_p += row * x_r + channel
-    dt_p += row * dt_r + channel
-    z_p += row * z_r + channel
-    g_p += row * g_r + channel
+    x_p += row * x_r
+    dt_p += row * dt_r
+    z_p += row * z_r
+    g_p += row * g_r
     out_p += row * out_r + channel
     slot = row * tiles + tile_0
     if VARLEN:
@@ -240,38 +250,47 @@ def sweep_kernel(
                 h0 = tl.load(at, mask=live & (m < STATES), other=0.0).to(tl.float32)
             if SEGMENTED:
                 rate0 = tl.load(a_p + m * CHANNELS + channel, mask=live, other=0.0)
-                for earlier in range(first, item):
+                for earlier in tl.range(first, item, loop_unroll_factor=4):
                     h0 = follow(h0, rate0, local_p, sums_p, earlier, m, channel, live, CHANNELS, PADDED)
         tl.store(states_p + m * CHANNELS, h0, mask=live)
+    seen = vector(d_p, channel, live, False)
     for tile in range(tile_0, tile_1):
+        tl.debug_barrier()  # states written before are read by the lanes that need them now
         t0 = tile * 8
-        x = load_tile(x_p, t0, X_T, live, begin, end, EDGE)
-        raw = load_tile(dt_p, t0, DT_T, live, begin, end, EDGE)
+        seen = touch(x_p + first_channel, seen, channel, limit, t0 + 8, X_T, begin, end)
+        seen = touch(dt_p + first_channel, seen, channel, limit, t0 + 8, DT_T, begin, end)
+        if MODE == AGAIN:
+            seen = touch(g_p + first_channel, seen, channel, limit, t0 + 8, G_T, begin, end)
+        if MODE != LOCAL and GATE:
+            seen = touch(z_p + first_channel, seen, channel, limit, t0 + 8, Z_T, begin, end)
+        seen = touch_packed(bc_p + GROUPS * PADDED * 16, seen, PADDED, tile_1 - 1 - tile)
+        x = load_tile(x_p + channel, t0, X_T, live, begin, end, EDGE)
+        raw = load_tile(dt_p + channel, t0, DT_T, live, begin, end, EDGE)
         dt = step_size(raw, bias, inside_item(t0, begin, end), SOFTPLUS, EDGE)
         du = dt * x
         y = skip[:, None] * x
         dy = dt
         if MODE == AGAIN:
-            g = load_tile(g_p, t0, G_T, live, begin, end, EDGE)
+            g = load_tile(g_p + channel, t0, G_T, live, begin, end, EDGE)
             dy = g
         if MODE != LOCAL and GATE:
-            z = load_tile(z_p, t0, Z_T, live, begin, end, EDGE)
+            z = load_tile(z_p + channel, t0, Z_T, live, begin, end, EDGE)
             s = sigmoid(z)
             if MODE == AGAIN:
                 dy = g * z * s
         for first_n in range(0, PADDED, U):
             for u in tl.static_range(U):
                 n = first_n + u
-                rate = tl.load(a_p + n * CHANNELS + channel, mask=live, other=0.0, eviction_policy=STAY)
-                h = tl.load(states_p + n * CHANNELS, mask=live, other=0.0, eviction_policy=STAY)
+                rate = tl.load(a_p + n * CHANNELS + channel, mask=live, other=0.0)
+                h = tl.load(states_p + n * CHANNELS, mask=live, other=0.0)
                 w = h
                 if ENTERING:
-                    w = tl.load(carry_p + n * CHANNELS, mask=live, other=0.0, eviction_policy=STAY)
+                    w = tl.load(carry_p + n * CHANNELS, mask=live, other=0.0)
                 y, h, w = advance(dt, du, dy, elapsed, y, h, w, rate, bc_p + n * 16, READ, ENTERING)
                 if ENTERING:
-                    tl.store(carry_p + n * CHANNELS, w, mask=live, eviction_policy=STAY)
+                    tl.store(carry_p + n * CHANNELS, w, mask=live)
                 if MODE != AGAIN:
-                    tl.store(states_p + n * CHANNELS, h, mask=live, eviction_policy=STAY)
+                    tl.store(states_p + n * CHANNELS, h, mask=live)
                 else:  # the last tile's goes beyond the item's slots
                     tl.store(states_p + AREA + n * CHANNELS, h, mask=live & (channel * 0 + tile + 1 < tile_1))
         if MODE != OUTPUT:
@@ -286,10 +305,15 @@ def sweep_kernel(
         bc_p += GROUPS * PADDED * 16
         if MODE == AGAIN:
             states_p += AREA
+    # never true: without a use the loads ahead would be left out
+    tl.store(final_p + channel, seen, mask=live & (channel * 0 + length < 0))
     if MODE == LOCAL or ENTERING:
         tl.store(elapsed_p + tl.cast(item, tl.int64) * CHANNELS + channel, elapsed, mask=live)
     if MODE == OUTPUT:
         if item == last:
+            tl.debug_barrier()
             for k in range(STATES):
                 end_state = tl.load(states_p + k * CHANNELS, mask=live, other=0.0)
-                tl.store(final_p + sequence * (CHANNELS * STATES) + channel * STATES + k, end_state, mask=live)
+                tl.store(
+                    final_p + sequence * (CHANNELS * STATES) + channel * STATES + k, end_state, mask=live
+                )

@@ -1,9 +1,10 @@
 """Pieces of the selective scan's Triton kernels: tiles of time, the functions around the recurrence, where work lies.
 
-A program is one warp, and a lane one channel. A tile is [R, 8]: eight tokens of R = 32 channels, a channel's all in
-one thread, so that the recurrence over them is plain arithmetic between the tile's columns. Tokens are loaded one by
-one, 32 neighbouring channels at a time; strides and widths are constants of the compilation, so that the addresses
-cost nothing. Scratch memory has states as [N, channels], N padded to a multiple of the states a loop handles at once.
+A program is one warp, and a lane one channel or two. A tile is [R, 8]: eight tokens of R = 32 or 64 channels, a
+channel's all in one thread, so that the recurrence over them is plain arithmetic between the tile's columns. Tokens
+are loaded one by one, R neighbouring channels at a time; strides and widths are constants of the compilation, so that
+the addresses cost nothing. What waits is the memory: while a program computes a tile it brings the next one into the
+first-level cache (`touch`). Scratch memory has states as [N, channels], N padded to a multiple of what a loop handles.
 
 An *item* is what one program walks through: one sequence, or one segment of it. Segments end at multiples of
 `segment` tokens of the row. Packed, item s + j is segment j of sequence s: each step from an item to the next enters
@@ -13,6 +14,8 @@ place of what is kept of a tile, is the tile's number plus the item's, because t
 
 # Triton's functions take and return what mypy has no types for.
 # mypy: disable-error-code="no-untyped-def"
+# Triton knows no starred tuples.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -110,6 +113,26 @@ def store_tile(at, x, t0, stride: tl.constexpr, live, begin, end, EDGE: tl.const
         if EDGE:
             real = real & _within(live, t0 + j, begin, end)
         tl.store(at + j * stride, columns[j].to(at.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def touch(p, seen, channel, limit, t0, stride: tl.constexpr, begin, end):
+    """Bring tokens t0 .. t0+7 into the first-level cache, by a number of every 32 bytes or less (float32: of all).
+
+    p points at the program's first channel. Returns `seen` (R), which the caller must use, so that the load stays.
+    """
+    r = tl.arange(0, channel.shape[0])
+    token = t0 + r % 8
+    at = p + (token.to(tl.int64) * stride + r // 8 * 8)
+    real = (token >= begin) & (token < end) & (channel - r + r // 8 * 8 < limit)
+    return tl.maximum(seen, tl.load(at, mask=real, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def touch_packed(p, seen, PADDED: tl.constexpr, wanted):
+    """The same for a tile's packed B and C at p, if `wanted` is positive."""
+    r = tl.arange(0, seen.shape[0]) * 8
+    return tl.maximum(seen, tl.load(p + r, mask=(r < PADDED * 16) & (r * 0 + wanted > 0), other=0.0))
 
 
 @triton.jit

@@ -30,9 +30,11 @@ SSD = Op(
 TRAPEZOIDAL_SSD = Op(
     "trapezoidal_ssd",
     {
+        "gpu": "plait.ops.ssd.gpu_trapezoid:trapezoidal_ssd",
         "portable": "plait.ops.ssd.portable:trapezoidal_ssd",
         "reference": "plait.ops.ssd.reference:trapezoidal_ssd",
     },
+    {"gpu": (torch.float32, torch.bfloat16, torch.float16)},
 )
 
 
@@ -137,7 +139,7 @@ def trapezoidal_ssd(
         check_shape(op, "initial_state[0]", ssm, "S, H, P, N", n_seq, heads, width, state)
         check_shape(op, "initial_state[1]", last_k, "S, R, H, N", n_seq, rank, heads, state)
         check_shape(op, "initial_state[2]", last_v, "S, H, P", n_seq, heads, width)
-    return choose(TRAPEZOIDAL_SSD, backend, v.device)(
+    return choose(TRAPEZOIDAL_SSD, backend, v.device, v.dtype)(
         v,
         k,
         q,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.ops.numba_support import flat, run
+from plait.ops.numba_support import direct, flat, run
 from plait.ops.segments import segments
 from plait.ops.ssd import cpu_kernels
 from plait.ops.tiles import LANES
@@ -43,12 +43,11 @@ def ssd(
     given = (x, dt, A, B, C, D, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     low, high = float(dt_limit[0]), float(dt_limit[1])
-    y, final, *_ = _forward(*given, cu_seqlens, dt_softplus, low, high, save)
+    y, final, *_ = direct(_forward, _compute, *given, cu_seqlens, dt_softplus, low, high, save)
     return y, final
 
 
-@torch.library.custom_op("plait::ssd_cpu", mutates_args=(), device_types="cpu")
-def _forward(
+def _compute(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -97,6 +96,9 @@ def _forward(
         *(flat(t) for t in (y, final, steps, gates, states)),
     )
     return y.to(x.dtype), final, steps, gates, states
+
+
+_forward = torch.library.custom_op("plait::ssd_cpu", _compute, mutates_args=(), device_types="cpu")
 
 
 @_forward.register_fake

@@ -8,7 +8,8 @@ With dy the gradient of y, and G_out the gradient of the state that leaves a blo
     u_j   = 2^(c_Q - c_j) G_out^T k_j + sum_i (q_i . k_j) E_ij dy_i,  dx_j = w_j u_j + D dy_j         (2)
     dk_j  = sum over heads of w_j 2^(c_Q - c_j) G_out x_j + sum_i K_ij q_i,  dw_j = x_j . u_j
 
-`pair_kernel` computes the sums over K, `state_rows_kernel` those over S and G, `value_kernel` (2).
+`pair_kernel` computes the sums over K, `state_rows_kernel` those over S and G, `value_kernel` (2); `own_kernel` all of
+that where every head has a k and q of its own (Mamba-3).
 
 GATED adds the token's own pair: g_i to K_ii, and what it gives to dx and dg. The gradient of a_t gathers every path
 from before t to t or later: the paths T_ij = (q_i . k_j) E_ij w_j z_ij inside a block, those that come in with S, those
@@ -111,7 +112,7 @@ def pair_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, vec_ptr, table_ptr, rows_ptr, dq_pt
         )
         xT = load_tile(x_at + (h * x_h + slice_ * PB), inside[None, :], p_in[:, None], not FULL, P % PB != 0)
         z = tl.dot(dy, xT, input_precision=PRECISION)
-        E = decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, Q, R, V, EXACT)
+        E = decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, V, R, EXACT)
         zw = z * w[None, :]
         pairs += zw * E
         if GATED:
@@ -269,7 +270,7 @@ def value_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, gradient_ptr, vec_ptr, D_ptr, tabl
             next_D = tl.load(D_ptr + after).to(tl.float32)
         u = tl.dot(k, gradient, input_precision=PRECISION)
         u *= decay_to(end, c, vec, j_t, T, Q, R, V, EXACT)[:, None]
-        tile_ji = products * decays(j[None, :], j[:, None], c[None, :], c[:, None], vec, T, Q, R, V, EXACT)
+        tile_ji = products * decays(j[None, :], j[:, None], c[None, :], c[:, None], vec, T, V, R, EXACT)
         u = tl.dot(tile_ji.to(kind), dy, u, input_precision=PRECISION)
         x32 = x.to(tl.float32)
         at = rows_ptr + (block * (H * M) + column) * (7 * Q) + j
@@ -296,54 +297,162 @@ def value_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, gradient_ptr, vec_ptr, D_ptr, tabl
 
 
 @triton.jit
-def shares_kernel(parts_ptr, out_ptr, SIZE, SHARES, BLOCK: tl.constexpr):
-    """out (2, SIZE) = parts (2, SHARES, SIZE) summed over the shares."""
+def own_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, state_ptr, gradient_ptr, vec_ptr, D_ptr, table_ptr, rows_ptr,
+               inner_ptr, dx_ptr, dk_ptr, dq_ptr, L, K, H, x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h,
+               q_s, q_t, q_r, q_h, dy_s, dy_t, dy_r, dy_h,
+               Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+               PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+               FULL: tl.constexpr, GATED: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """All of that for heads with keys and queries of their own: one block of one head, nothing to sum over heads."""
+    pid = tl.program_id(0).to(tl.int64)
+    h, block = pid % H, pid // H
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    n = tl.arange(0, NB)
+    n_in = (n < N)[None, :]
+    i = tl.arange(0, Q)
+    i_t = i // R
+    inside = (i < count * R) & (i_t < T)
+    m = tl.arange(0, PB)
+    m_in = (m < P)[None, :]
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    vec = vec_ptr + pid * (V * T)
+    c = load_steps(vec, i_t, T, Q, R)
+    w = load_steps(vec + T, i_t, T, Q, R)
+    end = tl.load(vec + T - 1)
+    x_at = x_ptr + row * x_s + start * x_t + h * x_h + (rows_of(i, x_t, x_r, R)[:, None] + m[None, :])
+    dy_at = dy_ptr + row * dy_s + start * dy_t + h * dy_h + (rows_of(i, dy_t, dy_r, R)[:, None] + m[None, :])
+    q_at = q_ptr + row * q_s + start * q_t + h * q_h + (rows_of(i, q_t, q_r, R)[:, None] + n[None, :])
+    k_at = k_ptr + row * k_s + start * k_t + h * k_h + (rows_of(i, k_t, k_r, R)[:, None] + n[None, :])
+    q = load_tile(q_at, inside[:, None], n_in, not FULL, N != NB)
+    k = load_tile(k_at, inside[:, None], n_in, not FULL, N != NB)
+    x = load_tile(x_at, inside[:, None], m_in, not FULL, P != PB)
+    dy = load_tile(dy_at, inside[:, None], m_in, not FULL, P != PB)
+    states = pid * (NB * PB) + (n[:, None] * PB + m[None, :])
+    state = tl.load(state_ptr + states)
+    gradient = tl.load(gradient_ptr + states)
+    rows = rows_ptr + pid * (7 * Q) + i
+
+    lower = reads(i[:, None], i[None, :], R, GATED)
+    same = i_t[:, None] == i_t[None, :]
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    z = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+    E = decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, V, R, EXACT)
+    E = tl.where(lower, E, 0.0)
+    zw = z * w[None, :]
+    pairs = zw * E
+    tile = products * E
+    if EXACT:
+        earlier = (i_t[:, None] < i_t[None, :]).to(tl.float32)
+        cross = tl.dot(tile * zw, earlier, input_precision=PRECISION)
+        tl.store(rows + 5 * Q, tl.sum(tl.where(i_t[:, None] >= i_t[None, :], cross, 0.0), 0))
+    else:
+        tl.store(rows, tl.sum(rounded(tile, kind) * zw, 1))
+    if GATED:
+        g = load_steps(vec + 2 * T, i_t, T, Q, R)
+        pairs = tl.where(same, z * g[None, :], pairs)
+        own = tl.where(same, products, 0.0).to(kind)
+    pairs = pairs.to(kind)
+    tile = tile.to(kind)
+
+    if EXACT:
+        inner = tl.sum(state * gradient, 0)
+    else:
+        inner = tl.dot(tl.trans(state), gradient)
+        inner = tl.sum(tl.where(m[:, None] == m[None, :], inner, 0.0), 1)
+    tl.store(inner_ptr + pid * PB + m, inner)
+
+    e = tl.exp2(c)
+    dy32 = dy.to(tl.float32)
+    tl.store(rows + Q, tl.sum(tl.dot(q, state, input_precision=PRECISION) * dy32, 1) * e)
+    dq = tl.dot(dy, tl.trans(state), input_precision=PRECISION) * e[:, None]
+    dq = tl.dot(pairs, k, dq, input_precision=PRECISION)
+    to = ((row * L + start) * (R * H) + h) * N + (rows_of(i, R * H * N, H * N, R)[:, None] + n[None, :])
+    store_tile(dq_ptr + to, dq, inside[:, None], n_in, not FULL, N != NB)
+
+    leaves = decay_to(end, c, vec, i_t, T, Q, R, V, EXACT)
+    x32 = x.to(tl.float32)
+    u = tl.dot(k, gradient, input_precision=PRECISION) * leaves[:, None]
+    tl.store(rows + 3 * Q, tl.sum(u * x32, 1))
+    dk = tl.dot(x, tl.trans(gradient), input_precision=PRECISION) * (w * leaves)[:, None]
+    dk = tl.dot(tl.trans(pairs), q, dk, input_precision=PRECISION)
+    store_tile(dk_ptr + to, dk, inside[:, None], n_in, not FULL, N != NB)
+
+    u = tl.dot(tl.trans(tile), dy, u, input_precision=PRECISION)
+    tl.store(rows + 2 * Q, tl.sum(u * x32, 1))
+    dx = u * w[:, None]
+    if GATED:
+        of_own = tl.dot(tl.trans(own), dy, input_precision=PRECISION)
+        tl.store(rows + 4 * Q, tl.sum(of_own * x32, 1))
+        dx += of_own * g[:, None]
+    if SKIP == 1:
+        dx += dy32 * tl.load(D_ptr + h).to(tl.float32)
+        tl.store(rows + 6 * Q, tl.sum(dy32 * x32, 1))
+    elif SKIP == 2:
+        dx += dy32 * tl.load(D_ptr + h * P + m, mask=m < P, other=0.0).to(tl.float32)[None, :]
+    dx_at = (
+        dx_ptr
+        + ((row * L + start) * (R * H) + h) * P
+        + (rows_of(i, R * H * P, H * P, R)[:, None] + m[None, :])
+    )
+    store_tile(dx_at, dx, inside[:, None], m_in, not FULL, P != PB)
+
+
+@triton.jit
+def shares_kernel(parts_ptr, first_ptr, second_ptr, SIZE, SHARES, BLOCK: tl.constexpr):
+    """first, second (SIZE) = parts (2, SHARES, SIZE) summed over the shares."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1).to(tl.int64)
     mask = o < SIZE
     total = tl.zeros((BLOCK,), tl.float32)
     for share in range(0, SHARES):
         total += tl.load(parts_ptr + (which * SHARES + share) * SIZE + o, mask=mask, other=0.0)
-    tl.store(out_ptr + which * SIZE + o, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if which == 0:
+        tl.store(first_ptr + o, total.to(first_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(second_ptr + o, total.to(second_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def rows_sum(rows_ptr, block, h, h_in, H, M, entry, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
-    """One kind of `rows` summed over the slices of each head and the ranks of each token: (heads, T)."""
-    t = tl.arange(0, T if T * R == Q else Q)
+def rows_sum(rows_ptr, block, h, h_in, H, M, t, entry, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
+    """One kind of `rows` summed over the slices of each head and the ranks of token t: (heads, t)."""
     total = tl.zeros((h.shape[0], t.shape[0]), tl.float32)
+    mask = h_in[:, None] & ((t >= 0) & (t < T))[None, :]
     for slice_ in range(0, M):
         at = rows_ptr + ((block * H + h)[:, None] * M + slice_) * (7 * Q) + entry * Q
         for r in tl.static_range(R):
-            total += tl.load(at + (t * R + r)[None, :], mask=h_in[:, None] & (t < T)[None, :], other=0.0)
+            total += tl.load(at + (t * R + r)[None, :], mask=mask, other=0.0)
     return total
 
 
 @triton.jit
-def path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, w,
-              T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr, V: tl.constexpr,
-              EXACT: tl.constexpr):  # fmt: skip
-    """The gradients of a and of w, (heads, T)."""
-    t = tl.arange(0, T if T * R == Q else Q)
-    ends = rows_sum(rows_ptr, block, h, h_in, H, M, 1, T, Q, R)
-    dw = rows_sum(rows_ptr, block, h, h_in, H, M, 2, T, Q, R)
-    leaving = rows_sum(rows_ptr, block, h, h_in, H, M, 3, T, Q, R)
+def path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M,
+              T: tl.constexpr, TOKENS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
+              V: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """The gradients of a and of w, (heads, TOKENS). Sums run from their small end: none is a difference of two."""
+    t = tl.arange(0, TOKENS)
+    dw = rows_sum(rows_ptr, block, h, h_in, H, M, t, 2, T, Q, R)
+    ends = rows_sum(rows_ptr, block, h, h_in, H, M, t, 1, T, Q, R)
     inner = tl.zeros((h.shape[0],), tl.float32)
     m = tl.arange(0, PB)
     for slice_ in range(0, M):
         at = inner_ptr + ((block * H + h)[:, None] * M + slice_) * PB + m[None, :]
         inner += tl.sum(tl.load(at, mask=h_in[:, None], other=0.0), 1)
-    end = tl.load(vec_ptr + (block * H + h) * (V * T) + T - 1, mask=h_in, other=0.0)
-    through = inner * tl.exp2(end)
-    before = leaving * w
+    vec = vec_ptr + (block * H + h) * (V * T)
+    through = inner * tl.exp2(tl.load(vec + T - 1, mask=h_in, other=0.0))
+    # what leaves through G from the tokens before t
+    before = rows_sum(rows_ptr, block, h, h_in, H, M, t - 1, 3, T, Q, R)
+    mask = h_in[:, None] & ((t > 0) & (t <= T))[None, :]
+    before *= tl.load(vec[:, None] + T + t[None, :] - 1, mask=mask, other=0.0)
+    da = tl.cumsum(before, 1) + through[:, None]
     if EXACT:
-        da = rows_sum(rows_ptr, block, h, h_in, H, M, 5, T, Q, R) / R
+        da += rows_sum(rows_ptr, block, h, h_in, H, M, t, 5, T, Q, R) / R
     else:
-        ends += rows_sum(rows_ptr, block, h, h_in, H, M, 0, T, Q, R) - (dw - leaving) * w
-        da = tl.zeros_like(ends)
-    da += tl.sum(ends, 1)[:, None] - tl.cumsum(ends, 1) + ends
-    da += tl.cumsum(before, 1) - before + through[:, None]
-    return tl.where((t < T)[None, :], da, 0.0), dw
+        w = tl.load(vec[:, None] + T + t[None, :], mask=h_in[:, None] & (t < T)[None, :], other=0.0)
+        leaving = rows_sum(rows_ptr, block, h, h_in, H, M, t, 3, T, Q, R)
+        ends += rows_sum(rows_ptr, block, h, h_in, H, M, t, 0, T, Q, R) - (dw - leaving) * w
+    da += tl.cumsum(ends, 1, reverse=True)
+    return da, dw
 
 
 @triton.jit
@@ -362,7 +471,7 @@ def steps_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, dt_ptr, bias_ptr, A_ptr,
     v, u, dt = steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
                         SOFTPLUS, BIAS)  # fmt: skip
     dt = tl.trans(dt)
-    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, dt, Q, Q, 1, PB, V, EXACT)
+    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, Q, Q, Q, 1, PB, V, EXACT)
     A = tl.load(A_ptr + h, mask=h_in, other=0.0).to(tl.float32)
     ddt = A[:, None] * da + dw
     u = tl.trans(u)
@@ -378,33 +487,57 @@ def steps_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, dt_ptr, bias_ptr, A_ptr,
     tl.store(at, tl.sum(da * dt, 1), mask=h_in)
     tl.store(at + BLOCKS * H, tl.sum(ddt, 1), mask=h_in)
     if SKIP == 1:
-        skip = rows_sum(rows_ptr, block, h, h_in, H, M, 6, Q, Q, 1)
+        skip = rows_sum(rows_ptr, block, h, h_in, H, M, t, 6, Q, Q, 1)
         tl.store(at + 2 * BLOCKS * H, tl.sum(skip, 1), mask=h_in)
 
 
 @triton.jit
 def gates_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, table_ptr, da_ptr, dw_ptr, dg_ptr, sums_ptr,
-                          L, K, H, M, Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
-                          V: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr,
+                          L, K, H, M, Q: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr,
+                          PB: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr,
                           SKIP: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """The gradients of a, w and g (rows, L, H), and for each block the part (blocks, H) of that of D (H)."""
     block = tl.program_id(0).to(tl.int64)
     row, start, count = place(block, table_ptr, L, K, T, VARLEN)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     h_in = h < H
-    t = tl.arange(0, T if T * R == Q else Q)
-    at = vec_ptr + (block * H + h)[:, None] * (V * T) + T + t[None, :]
-    w = tl.load(at, mask=h_in[:, None] & (t < T)[None, :], other=0.0)
-    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, w, T, Q, R, PB, V, EXACT)
-    dg = rows_sum(rows_ptr, block, h, h_in, H, M, 4, T, Q, R)
+    t = tl.arange(0, TOKENS)
+    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, T, TOKENS, Q, R, PB, V, EXACT)
+    dg = rows_sum(rows_ptr, block, h, h_in, H, M, t, 4, T, Q, R)
     inside = h_in[:, None] & (t < count)[None, :]
     to = (row * L + start) * H + t[None, :] * H + h[:, None]
-    tl.store(da_ptr + to, da, mask=inside)
+    tl.store(da_ptr + to, da.to(da_ptr.dtype.element_ty), mask=inside)
     tl.store(dw_ptr + to, dw, mask=inside)
     tl.store(dg_ptr + to, dg, mask=inside)
     if SKIP == 1:
-        skip = rows_sum(rows_ptr, block, h, h_in, H, M, 6, T, Q, R)
+        skip = rows_sum(rows_ptr, block, h, h_in, H, M, t, 6, T, Q, R)
         tl.store(sums_ptr + block * H + h, tl.sum(skip, 1), mask=h_in)
+
+
+@triton.jit
+def gates_input_kernel(dw_ptr, dg_ptr, dt_ptr, lam_ptr, table_ptr, ddt_ptr, dlam_ptr, L, K, H,
+                       dt_s, dt_t, dt_h, lam_s, lam_t, lam_h,
+                       T: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
+    """The gradients of dt and lam (rows, L, H) from those of g = dt lam and of w = g + the next dt (1 - lam)."""
+    block = tl.program_id(0).to(tl.int64)
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    continues = (start > 0).to(tl.int32)
+    if VARLEN:
+        continues = 1 - tl.load(table_ptr + block * 4 + 3) % 2
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    t = tl.arange(0, TOKENS)
+    inside = (t < count)[:, None] & (h < H)[None, :]
+    dt_at = dt_ptr + row * dt_s + start * dt_t + t[:, None] * dt_t + h[None, :] * dt_h
+    lam_at = lam_ptr + row * lam_s + start * lam_t + t[:, None] * lam_t + h[None, :] * lam_h
+    dt = tl.load(dt_at, mask=inside, other=0.0).to(tl.float32)
+    lam = tl.load(lam_at, mask=inside, other=0.0).to(tl.float32)
+    at = (row * L + start) * H + t[:, None] * H + h[None, :]
+    own = tl.load(dg_ptr + at, mask=inside, other=0.0) + tl.load(dw_ptr + at, mask=inside, other=0.0)
+    follows = inside & (t + continues > 0)[:, None]
+    before = tl.load(dw_ptr + at - H, mask=follows, other=0.0)
+    ddt = lam * own + (1.0 - lam) * before
+    tl.store(ddt_ptr + at, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+    tl.store(dlam_ptr + at, (dt * (own - before)).to(dlam_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -35,6 +35,8 @@ from plait.ops.triton_support import LOG2E, softplus
 
 # 2^-160 is 0 in float32: a stronger single step changes nothing but would use up the sum's digits.
 FLOOR = tl.constexpr(-160.0)
+# What has decayed by 2^-60 is nothing beside what has not.
+FAINT = tl.constexpr(-60.0)
 
 
 @triton.jit
@@ -82,6 +84,18 @@ def place(block, table_ptr, L, K, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def place_in_row(block, k, table_ptr, L, T, VARLEN: tl.constexpr):
+    """First token and number of tokens of a block, number k of its row."""
+    if VARLEN:
+        start = tl.load(table_ptr + block * 4)
+        count = tl.load(table_ptr + block * 4 + 1)
+    else:
+        start = k * T
+        count = tl.minimum(L - start, T)
+    return start.to(tl.int64), count
+
+
+@triton.jit
 def steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
              SOFTPLUS: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """dt before and after softplus and clamp, (T, heads); 0 where `inside` is false."""
@@ -95,20 +109,21 @@ def steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h,
 
 
 @triton.jit
-def store_vec(vec_ptr, block, h, h_in, H, a, w, g, T: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr,
-              EXACT: tl.constexpr):  # fmt: skip
-    """Write a block's entries of `vec`; a in base 2 (float64 if EXACT)."""
-    t = tl.arange(0, T)
+def store_vec(vec_ptr, block, h, h_in, H, a, w, g, T: tl.constexpr, TOKENS: tl.constexpr, V: tl.constexpr,
+              GATED: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Write a block's entries of `vec` (TOKENS: T or the next power of two); a in base 2, float64 if EXACT."""
+    t = tl.arange(0, TOKENS)
     at = vec_ptr + ((block.to(tl.int64) * H + h)[None, :] * V) * T + t[:, None]
+    mask = h_in[None, :] & (t < T)[:, None]
     a = tl.maximum(a, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     c = tl.cumsum(a, 0)
     high = c.to(tl.float32)
-    tl.store(at, high, mask=h_in[None, :])
-    tl.store(at + T, w, mask=h_in[None, :])
+    tl.store(at, high, mask=mask)
+    tl.store(at + T, w, mask=mask)
     if GATED:
-        tl.store(at + 2 * T, g, mask=h_in[None, :])
+        tl.store(at + 2 * T, g, mask=mask)
     if EXACT:
-        tl.store(at + (V - 1) * T, (c - high).to(tl.float32), mask=h_in[None, :])
+        tl.store(at + (V - 1) * T, (c - high).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -129,7 +144,37 @@ def steps_kernel(dt_ptr, bias_ptr, A_ptr, vec_ptr, table_ptr, L, K, H, dt_s, dt_
         a = dt.to(tl.float64) * A.to(tl.float64) * 1.4426950408889634
     else:
         a = dt * (A * LOG2E)
-    store_vec(vec_ptr, block, h, h_in, H, a, dt, dt, T, 3 if EXACT else 2, False, EXACT)
+    store_vec(vec_ptr, block, h, h_in, H, a, dt, dt, T, T, 3 if EXACT else 2, False, EXACT)
+
+
+@triton.jit
+def gates_kernel(a_ptr, dt_ptr, lam_ptr, vec_ptr, table_ptr, L, K, H, a_s, a_t, a_h, dt_s, dt_t, dt_h,
+                 lam_s, lam_t, lam_h, T: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+                 VARLEN: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Mamba-3's `vec`: g = dt lam, w = g + dt (1 - lam) of the sequence's next token, if it has one."""
+    block = tl.program_id(0).to(tl.int64)
+    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
+    goes_on = (start + T < L).to(tl.int32)
+    if VARLEN:
+        goes_on = 1 - tl.load(table_ptr + block * 4 + 3) // 2
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    t = tl.arange(0, TOKENS)
+    h_in = h < H
+    inside = (t < count)[:, None] & h_in[None, :]
+    following = inside & (t + 1 < count + goes_on)[:, None]
+    dt_at = dt_ptr + row * dt_s + start * dt_t + t[:, None] * dt_t + h[None, :] * dt_h
+    lam_at = lam_ptr + row * lam_s + start * lam_t + t[:, None] * lam_t + h[None, :] * lam_h
+    g = tl.load(dt_at, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.load(lam_at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(dt_at + dt_t, mask=following, other=0.0).to(tl.float32)
+    w = g + w * (1.0 - tl.load(lam_at + lam_t, mask=following, other=0.0).to(tl.float32))
+    a_at = a_ptr + row * a_s + start * a_t + t[:, None] * a_t + h[None, :] * a_h
+    a = tl.load(a_at, mask=inside, other=0.0).to(tl.float32)
+    if EXACT:
+        a = a.to(tl.float64) * 1.4426950408889634
+    else:
+        a = a * LOG2E
+    store_vec(vec_ptr, block, h, h_in, H, a, w, g, T, TOKENS, 4 if EXACT else 3, True, EXACT)
 
 
 @triton.jit
@@ -204,19 +249,21 @@ def reads(i, j, R: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def decays(i, j, c_i, c_j, vec, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-           EXACT: tl.constexpr):  # fmt: skip
-    """2^(c_i - c_j), but at most 1: what row i may not read, where that is the result, is for the caller to mask.
-
-    i and c_i, j and c_j are a column and a row: (I, 1) and (1, J) or the other way round.
-    """
+def exponents(i, j, c_i, c_j, vec, T: tl.constexpr, V: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
+    """c_i - c_j; i and c_i, j and c_j are a column and a row: (I, 1) and (1, J), or the other way round."""
     d = c_i - c_j
     if EXACT:
         low = vec + (V - 1) * T
         d += tl.load(low + i // R, mask=i // R < T, other=0.0) - tl.load(
             low + j // R, mask=j // R < T, other=0.0
         )
-    return tl.exp2(tl.minimum(d, 0.0))
+    return d
+
+
+@triton.jit
+def decays(i, j, c_i, c_j, vec, T: tl.constexpr, V: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
+    """2^(c_i - c_j), but at most 1: what row i may not read, where that is the result, is for the caller to mask."""
+    return tl.exp2(tl.minimum(exponents(i, j, c_i, c_j, vec, T, V, R, EXACT), 0.0))
 
 
 @triton.jit
@@ -259,7 +306,7 @@ def beginning(initial_ptr, sequence, h, H, n, p, P: tl.constexpr, N: tl.constexp
 def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_ptr, final_ptr, decay_ptr,
                  L, K, PIECE, PIECES, H, M, HEADS_PER_GROUP, x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h,
                  Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-                 PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr,
+                 PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SCAN: tl.constexpr, REVERSE: tl.constexpr,
                  VARLEN: tl.constexpr, FULL: tl.constexpr, INITIAL: tl.constexpr, ENTRY: tl.constexpr,
                  STORE: tl.constexpr, FINAL: tl.constexpr, PIECE_FINAL: tl.constexpr, EXACT: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
@@ -271,12 +318,23 @@ def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_p
     column = pid % (H * M)
     h, slice_ = column // M, column % M
     piece = pid // (H * M)
-    row, number = piece // PIECES, piece % PIECES
+    row = piece // PIECES
+    number = (piece % PIECES).to(tl.int32)
     lo = number * PIECE
     hi = tl.minimum(lo + PIECE, K)
     if PIECE_FINAL:
         # nobody asks what the last piece hands on
         hi = tl.where(number == (0 if REVERSE else PIECES - 1), lo, hi)
+        # nor what has decayed to nothing before it leaves the piece
+        b = tl.arange(0, SCAN)
+        ends_at = vec_ptr + ((row * K + lo + b) * H + h) * (V * T) + T - 1
+        ends = tl.load(ends_at, mask=lo + b < hi, other=0.0)
+        faded = tl.cumsum(ends, 0) - ends if REVERSE else tl.sum(ends, 0) - tl.cumsum(ends, 0)
+        skipped = tl.sum(((lo + b < hi) & (faded < FAINT)).to(tl.int32), 0)
+        if REVERSE:
+            hi -= skipped
+        else:
+            lo += skipped
     n = tl.arange(0, NB)
     m = tl.arange(0, PB)
     p = (slice_ * PB).to(tl.int32) + m
@@ -293,7 +351,7 @@ def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_p
     next_end = tl.load(vec_ptr + (first * H + h) * (V * T) + T - 1, mask=hi > lo, other=0.0)
     for step in range(0, hi - lo):
         block = first - step if REVERSE else first + step
-        _, start, count = place(block, table_ptr, L, K, T, VARLEN)
+        start, count = place_in_row(block, hi - 1 - step if REVERSE else lo + step, table_ptr, L, T, VARLEN)
         vec = vec_ptr + (block * H + h) * (V * T)
         end = next_end
         after = block + tl.where(step + 1 < hi - lo, -1 if REVERSE else 1, 0)
@@ -328,8 +386,8 @@ def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_p
     if PIECE_FINAL:
         at, mask = state_tile(final_ptr, piece, h, H, n, p, P, N)
         tl.store(at, S, mask=mask)
-        # beyond a sequence's edge nothing of what entered is left
-        tl.store(decay_ptr + piece * H + h, tl.where(fresh == 1, -float("inf"), total))
+        # beyond a sequence's edge, or what was skipped, nothing of what entered is left
+        tl.store(decay_ptr + piece * H + h, tl.where(fresh + skipped > 0, -float("inf"), total))
 
 
 @triton.jit
@@ -364,71 +422,6 @@ def empty_kernel(cu_ptr, from_ptr, to_ptr, SIZE, GIVEN: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def output_kernel(x_ptr, k_ptr, q_ptr, state_ptr, vec_ptr, D_ptr, table_ptr, y_ptr,
-                  L, K, BLOCKS, H, M, G, HEADS_PER_GROUP,
-                  x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h, q_s, q_t, q_r, q_h,
-                  Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-                  PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SHARE: tl.constexpr, VARLEN: tl.constexpr,
-                  FULL: tl.constexpr, GATED: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """y (rows, L, R, H, P) of one block, for a share of the heads of a group: q k^T is made once for all of them."""
-    pid = tl.program_id(0).to(tl.int64)
-    block, share_group = pid % BLOCKS, pid // BLOCKS
-    group, share = share_group % G, share_group // G
-    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
-    n = tl.arange(0, NB)
-    i = tl.arange(0, Q)
-    i_t = i // R
-    inside = (i < count * R) & (i_t < T)
-    m = tl.arange(0, PB)
-    q_at = q_ptr + row * q_s + start * q_t + group * q_h + (rows_of(i, q_t, q_r, R)[:, None] + n[None, :])
-    k_at = k_ptr + row * k_s + start * k_t + group * k_h + (rows_of(i, k_t, k_r, R)[None, :] + n[:, None])
-    q = load_tile(q_at, inside[:, None], (n < N)[None, :], not FULL, N != NB)
-    kT = load_tile(k_at, inside[None, :], (n < N)[:, None], not FULL, N != NB)
-    products = tl.dot(q, kT, input_precision=PRECISION)
-    if GATED:
-        same = tl.where(i_t[:, None] == i_t[None, :], products, 0.0)
-    products = tl.where(reads(i[:, None], i[None, :], R, GATED), products, 0.0)
-    x_at = x_ptr + row * x_s + start * x_t + (rows_of(i, x_t, x_r, R)[:, None] + m[None, :])
-    y_at = y_ptr + (row * L + start) * (R * H * P) + (rows_of(i, R * H * P, H * P, R)[:, None] + m[None, :])
-    state_at = state_ptr + block * (H * M) * (NB * PB) + (n[:, None] * PB + m[None, :])
-    first = group * HEADS_PER_GROUP * M + share * SHARE
-    next_D = 0.0
-    if SKIP == 1:
-        next_D = tl.load(D_ptr + first // M).to(tl.float32)
-    for step in range(0, SHARE):
-        column = first + step
-        h = column // M
-        p = ((column % M) * PB).to(tl.int32) + m
-        vec = vec_ptr + (block * H + h) * (V * T)
-        state = tl.load(state_at + column * (NB * PB))
-        x = load_tile(
-            x_at + (h * x_h + column % M * PB), inside[:, None], (p < P)[None, :], not FULL, P % PB != 0
-        )
-        c = load_steps(vec, i_t, T, Q, R)
-        w = load_steps(vec + T, i_t, T, Q, R)
-        D = next_D
-        if SKIP == 1:
-            next_D = tl.load(D_ptr + (first + tl.minimum(step + 1, SHARE - 1)) // M).to(tl.float32)
-        y = tl.dot(q, state, input_precision=PRECISION) * tl.exp2(c)[:, None]
-        tile = (
-            products
-            * decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, Q, R, V, EXACT)
-            * w[None, :]
-        )
-        if GATED:
-            tile += same * load_steps(vec + 2 * T, i_t, T, Q, R)[None, :]
-        y = tl.dot(tile.to(x.dtype), x, y, input_precision=PRECISION)
-        if SKIP == 1:
-            y += x.to(tl.float32) * D
-        elif SKIP == 2:
-            y += x.to(tl.float32) * tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-        store_tile(
-            y_at + (h * P + column % M * PB), y, inside[:, None], (p < P)[None, :], not FULL, P % PB != 0
-        )
-
-
-@triton.jit
 def forward_kernel(x_ptr, k_ptr, q_ptr, vec_ptr, D_ptr, table_ptr, initial_ptr, entry_ptr, y_ptr, final_ptr,
                    L, K, PIECE, PIECES, H, M, HEADS_PER_GROUP,
                    x_s, x_t, x_r, x_h, k_s, k_t, k_r, k_h, q_s, q_t, q_r, q_h,
@@ -441,7 +434,8 @@ def forward_kernel(x_ptr, k_ptr, q_ptr, vec_ptr, D_ptr, table_ptr, initial_ptr, 
     column = pid % (H * M)
     h, slice_ = column // M, column % M
     piece = pid // (H * M)
-    row, number = piece // PIECES, piece % PIECES
+    row = piece // PIECES
+    number = (piece % PIECES).to(tl.int32)
     lo = number * PIECE
     hi = tl.minimum(lo + PIECE, K)
     n = tl.arange(0, NB)
@@ -467,7 +461,7 @@ def forward_kernel(x_ptr, k_ptr, q_ptr, vec_ptr, D_ptr, table_ptr, initial_ptr, 
     next_end = tl.load(vec_ptr + (first * H + h) * (V * T) + T - 1, mask=hi > lo, other=0.0)
     for step in range(0, hi - lo):
         block = first + step
-        _, start, count = place(block, table_ptr, L, K, T, VARLEN)
+        start, count = place_in_row(block, lo + step, table_ptr, L, T, VARLEN)
         vec = vec_ptr + (block * H + h) * (V * T)
         end = next_end
         after = tl.minimum(block + 1, row * K + hi - 1)
@@ -486,8 +480,13 @@ def forward_kernel(x_ptr, k_ptr, q_ptr, vec_ptr, D_ptr, table_ptr, initial_ptr, 
         products = tl.dot(q, kT, input_precision=PRECISION)
         y = tl.dot(q, S.to(q.dtype), input_precision=PRECISION) * tl.exp2(c)[:, None]
         x = load_tile(x_base + start * x_t + x_tile, inside[:, None], (p < P)[None, :], not FULL, P % PB != 0)
-        m = decays(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, Q, R, V, EXACT) * w[None, :]
-        m *= tl.where(reads(i[:, None], i[None, :], R, GATED), products, 0.0)
+        d = exponents(i[:, None], i[None, :], c[:, None], c[None, :], vec, T, V, R, EXACT)
+        # masked before exp2: what is left is not positive, but for the rounding of the sums
+        m = (
+            products
+            * tl.exp2(tl.where(reads(i[:, None], i[None, :], R, GATED), d, -float("inf")))
+            * w[None, :]
+        )
         if GATED:
             g = load_steps(vec + 2 * T, i_t, T, Q, R)
             m += tl.where(i_t[:, None] == i_t[None, :], products * g[None, :], 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plait.ops.chunks import compute_dtype, no_autocast, plan_chunks, token_map
 from plait.ops.ssd.engine import chunk_scan
+from plait.ops.ssd.resume import finished, given_or_zeros, resumed
 
 CHUNK_ROWS = 64
 
@@ -80,33 +81,22 @@ def trapezoidal_ssd(
     """Mamba-3's recurrence, `chunk_size` rows (tokens times rank) a chunk; shapes as in `plait.ops.ssd`."""
     with no_autocast(v):
         kind = compute_dtype(v)
-        rank, size = k.shape[2], k.shape[4]
+        rank = k.shape[2]
         (n_row, length), (heads, width) = v.shape[:2], v.shape[2:]
         n_seq = n_row if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if initial_state is None:
-            ssm = v.new_zeros(n_seq, heads, width, size, dtype=kind)
-            last_k = v.new_zeros(n_seq, rank, heads, size, dtype=kind)
-            last_v = v.new_zeros(n_seq, heads, width, dtype=kind)
-        else:
-            ssm, last_k, last_v = (t.to(kind) for t in initial_state)
+        initial = given_or_zeros(initial_state, v, k, n_seq)
         if n_row * length == 0 or n_seq == 0:
+            ssm, last_k, last_v = initial
             o = v.unsqueeze(2).expand(-1, -1, rank, -1, -1).clone()
             return o, (ssm.clone(), last_k.clone(), last_v.clone())
 
         ranks = None if rank_in is None else rank_in.to(kind).transpose(0, 1)
         gamma, beta = dt.to(kind) * lam.to(kind), dt.to(kind) * (1 - lam.to(kind))
         following = torch.nn.functional.pad(beta[:, 1:], (0, 0, 0, 1))
-        if cu_seqlens is None:
-            first_beta = beta[:, 0]
-        else:
-            begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-            filled = end > begin
+        if cu_seqlens is not None:
             _, position = token_map(cu_seqlens, length)
             # the next token of the row may be another document's first
             following = following.masked_fill((position.roll(-1) == 0).unsqueeze(1), 0)
-            first_beta = beta[0].index_select(0, begin.clamp(max=length - 1)).masked_fill(~filled[:, None], 0)
-        last_rows = last_v.unsqueeze(1) if ranks is None else last_v.unsqueeze(1) * ranks
-        resumed = torch.einsum("srhp,srhn->shpn", last_rows.expand(-1, rank, -1, -1), last_k)
         plan = plan_chunks(v, _size(chunk_size // rank, v, cu_seqlens, max_len), cu_seqlens, max_len)
         rows = v.unsqueeze(2) if ranks is None else v.unsqueeze(2) * ranks
         o, final = chunk_scan(
@@ -118,16 +108,10 @@ def trapezoidal_ssd(
             plan,
             diagonal=gamma.flatten(0, 1),
             skip=D,
-            initial=ssm + first_beta[:, :, None, None] * resumed,
+            initial=resumed(initial, dt, lam, rank_in, cu_seqlens),
         )
         o = o.to(v.dtype).view(n_row, length, rank, heads, width)
-        if cu_seqlens is None:
-            return o, (final, k[:, -1].to(kind), v[:, -1].to(kind))
-        at = (end - 1).clamp(min=0)
-        final = torch.where(filled[:, None, None, None], final, ssm)
-        key = torch.where(filled[:, None, None, None], k[0].index_select(0, at).to(kind), last_k)
-        value = torch.where(filled[:, None, None], v[0].index_select(0, at).to(kind), last_v)
-        return o, (final, key, value)
+        return o, finished(final, v, k, initial, cu_seqlens)
 
 
 def _size(wanted: int, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> int:

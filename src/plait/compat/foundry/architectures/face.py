@@ -76,7 +76,11 @@ class PlaitLanguageModel(BaseLanguageModel):
         input_ids and labels (B, T), unshifted, -100 ignored; attention_mask (B, T), 0 at pads on either side.
         """
         out = self.model(
-            input_ids, attention_mask=attention_mask, labels=labels, token_type_ids=token_type_ids, logits=True
+            input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            token_type_ids=token_type_ids,
+            logits=True,
         )
         return ModelOutput(loss=out.loss, logits=out.logits, hidden_states=out.hidden)
 

@@ -1,0 +1,5 @@
+"""BitByte's Trainer."""
+
+from plait.compat.bitbyte.training.trainer import Trainer
+
+__all__ = ["Trainer"]
