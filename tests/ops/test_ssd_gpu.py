@@ -343,7 +343,7 @@ def test_plans_are_kept_for_calls_alike_and_bounded(monkeypatch: pytest.MonkeyPa
 def test_tables_fit_what_they_promise() -> None:
     """The rows are ordered, tiles hold what they are for, and float32 rows have full digits."""
     for size, largest, needed, config in gpu_engine.CONFIGS:
-        assert size in (2, 4) and largest <= gpu_engine.LARGEST_STATE and needed <= 227
+        assert size in (2, 4) and largest <= SSD.largest["gpu"] and needed <= 227
         assert config.states <= largest and config.columns >= 16 and config.rows >= 16
         for f in dataclasses.fields(config):
             tuning = getattr(config, f.name)
@@ -354,12 +354,19 @@ def test_tables_fit_what_they_promise() -> None:
         )
 
 
+def test_automatic_goes_past_it_for_a_state_that_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_why_no_gpu", lambda: "")
+    for table in (SSD, TRAPEZOIDAL_SSD):
+        assert dispatch.choose_name(table, None, "cuda", torch.bfloat16, 256) == "gpu"
+        assert dispatch.choose_name(table, None, "cuda", torch.bfloat16, 257) == "portable"
+
+
 def test_what_it_cannot_do_is_said() -> None:
     assert dispatch.choose_name(SSD, None, "cpu", torch.float32) == "cpu"
     for table in (SSD, TRAPEZOIDAL_SSD):
         with pytest.raises(BackendError, match=r"it takes torch.float32, .* given torch.float64"):
             dispatch.choose_name(table, "gpu", "cpu", torch.float64)
-    with pytest.raises(BackendError, match="a state size of at most 256, given 300; use backend 'portable'"):
+    with pytest.raises(BackendError, match="a state size of at most 256, given 300"):
         ssd(**small(1, 5, 1, state=300), backend="gpu")  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="a rank of at most 16, given 17"):
         three.op(**small3(1, 1, 1, rank=17), backend="gpu")  # type: ignore[arg-type]

@@ -43,6 +43,8 @@ class Op:
     targets: Mapping[str, str]
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     """of the backends that cannot compute in any: the dtypes of the main input that they take"""
+    largest: Mapping[str, int] = field(default_factory=dict)
+    """of the backends whose kernels hold a state at once: the largest size of it that they take"""
 
 
 class Row(NamedTuple):
@@ -84,30 +86,40 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(
-    op: Op, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+    op: Op,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    size: int | None = None,
 ) -> Callable[..., Any]:
     """Return the function that computes `op` for tensors on `device`.
 
     `backend` is the op's argument: a name in BACKENDS, "auto", or None to follow use_backend, PLAIT_BACKEND, auto.
-    `dtype` is that of the main input, for ops with backends that do not take all. Raises BackendError when a backend
-    asked for by name is unknown or cannot run here.
+    `dtype` is that of the main input and `size` that of the state, for ops with backends that do not take all. Raises
+    BackendError when a backend asked for by name is unknown or cannot run here.
     """
-    return _load(op.targets[choose_name(op, backend, device.type, dtype)])
+    return _load(op.targets[choose_name(op, backend, device.type, dtype, size)])
 
 
-def choose_name(op: Op, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
+def choose_name(
+    op: Op,
+    backend: str | None,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    size: int | None = None,
+) -> str:
     """The name of the backend that `choose` takes; same arguments and errors."""
     name = backend or _chosen.name or _environment() or AUTO
     _check_name(name)
     if name != AUTO:
-        reason = _why_not(op, name, device_type, dtype)
+        reason = _why_not(op, name, device_type, dtype, size)
         if reason:
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
         return name
     for candidate in BACKENDS:
         if candidate not in op.targets or _DEVICE.get(candidate, device_type) != device_type:
             continue
-        reason = _why_not(op, candidate, device_type, dtype)
+        reason = _why_not(op, candidate, device_type, dtype, size)
         if not reason:
             return candidate
         _say_once(op.name, candidate, reason)
@@ -128,7 +140,9 @@ def table() -> list[Row]:
     return rows
 
 
-def _why_not(op: Op, name: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+def _why_not(
+    op: Op, name: str, device_type: str, dtype: torch.dtype | None = None, size: int | None = None
+) -> str:
     if name not in op.targets:
         return f"this op has only {_names(op)}"
     if _DEVICE.get(name, device_type) != device_type and not (name == "gpu" and _interprets(device_type)):
@@ -142,6 +156,8 @@ def _why_not(op: Op, name: str, device_type: str, dtype: torch.dtype | None = No
             return reason
     if dtype is not None and dtype not in op.dtypes.get(name, (dtype,)):
         return f"it takes {', '.join(map(str, op.dtypes[name]))}, given {dtype}"
+    if size is not None and size > op.largest.get(name, size):
+        return f"it takes a state size of at most {op.largest[name]}, given {size}"
     return ""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from plait.ops.checks import check_dims, check_packing, check_shape
 from plait.ops.dispatch import Op, choose
 
+_LARGEST = {"gpu": 256}  # N: a program holds the state of a head's slice in registers
 SSD = Op(
     "ssd",
     {
@@ -26,6 +27,7 @@ SSD = Op(
         "gpu": (torch.float32, torch.bfloat16, torch.float16),
         "cpu": (torch.float32, torch.bfloat16, torch.float16),
     },
+    _LARGEST,
 )
 TRAPEZOIDAL_SSD = Op(
     "trapezoidal_ssd",
@@ -35,6 +37,7 @@ TRAPEZOIDAL_SSD = Op(
         "reference": "plait.ops.ssd.reference:trapezoidal_ssd",
     },
     {"gpu": (torch.float32, torch.bfloat16, torch.float16)},
+    _LARGEST,
 )
 
 
@@ -80,7 +83,7 @@ def ssd(
         check_shape("ssd", "D", D, "H", heads)
     if not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected 0 <= low <= high")
-    return choose(SSD, backend, x.device, x.dtype)(
+    return choose(SSD, backend, x.device, x.dtype, state)(
         x,
         dt,
         A,
@@ -139,7 +142,7 @@ def trapezoidal_ssd(
         check_shape(op, "initial_state[0]", ssm, "S, H, P, N", n_seq, heads, width, state)
         check_shape(op, "initial_state[1]", last_k, "S, R, H, N", n_seq, rank, heads, state)
         check_shape(op, "initial_state[2]", last_v, "S, H, P", n_seq, heads, width)
-    return choose(TRAPEZOIDAL_SSD, backend, v.device, v.dtype)(
+    return choose(TRAPEZOIDAL_SSD, backend, v.device, v.dtype, state)(
         v,
         k,
         q,

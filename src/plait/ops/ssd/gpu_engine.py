@@ -18,8 +18,6 @@ from plait.config.errors import BackendError
 from plait.ops.ssd import gpu_backward, gpu_forward
 from plait.ops.triton_support import INTERPRET, cdiv, multiprocessors, power_of_2, precision, shared_memory
 
-LARGEST_STATE = 256
-"""The largest N: a tile holds all of it."""
 SHORTEST = 1 if INTERPRET.value else 8
 """Blocks of the shortest piece."""
 SHARE_PROGRAMS, VALUE_PROGRAMS = 6, 12
@@ -100,11 +98,6 @@ class Plan:
     """The sizes of one kind of call, and its launches. x (S, T, R, H, P); k, q (S, T, R, G, N)."""
 
     def __init__(self, x: Tensor, k: Tensor, n_seq: int, *, packed: bool, gated: bool) -> None:
-        if k.shape[4] > LARGEST_STATE:
-            raise BackendError(
-                f"ssd: backend 'gpu' takes a state size of at most {LARGEST_STATE}, given {k.shape[4]}; "
-                "use backend 'portable'"
-            )
         self.rows, self.length, self.rank, self.heads, self.width = x.shape
         self.groups, self.state = k.shape[3:]
         self.n_seq, self.packed, self.gated = n_seq, packed, gated
