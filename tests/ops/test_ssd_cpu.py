@@ -134,20 +134,27 @@ def test_other_types_and_strides(change: str) -> None:
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:
-    """A row whose output is D x alone: every finite and infinite bfloat16 times a float32, rounded once."""
+    """A row whose output is D x alone: every bfloat16 times a float32, rounded once."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(torch.bfloat16)
-    x = torch.cat([x[x.isfinite()], torch.tensor([float("nan"), float("inf")], dtype=torch.bfloat16)])
-    x = torch.cat([x, x.new_zeros(-len(x) % 16)]).view(1, -1, 1, 16)
-    zeros = torch.zeros(1, x.shape[1], 1, 1, dtype=torch.bfloat16)
+    # a number that is not finite reaches its whole document, through a weight of 0 too
+    x = torch.cat([x[x.isfinite()].view(-1, 16), x[~x.isfinite()][:, None].expand(-1, 16)])
+    bounds = cumulative([int(x[:, 0].isfinite().sum()), *[1] * int((~x[:, 0].isfinite()).sum())])
+    zeros = torch.zeros(1, len(x), 1, 1, dtype=torch.bfloat16)
     y, _ = ssd(
-        x, zeros[..., 0].float(), -torch.ones(1), zeros, zeros, torch.tensor([1.00390625]), backend="cpu"
+        x.view(1, -1, 1, 16),
+        zeros[..., 0].float(),
+        -torch.ones(1),
+        zeros,
+        zeros,
+        torch.tensor([1.00390625]),
+        cu_seqlens=bounds,
+        backend="cpu",
     )
-    want = (x.float() * 1.00390625).bfloat16()
-    assert torch.equal(y.isnan(), y.isnan() | want.isnan())
-    # 0 * inf from the state is NaN only where x is not finite
-    ordinary = x.isfinite()
-    assert torch.equal(y[ordinary].view(torch.int16) & 0x7FFF, want[ordinary].view(torch.int16) & 0x7FFF)
+    want, y = (x.float() * 1.00390625).bfloat16(), y.view(-1, 16)
+    finite = x.isfinite()
+    assert torch.equal(y[finite].view(torch.int16) & 0x7FFF, want[finite].view(torch.int16) & 0x7FFF)
+    assert not y[~finite].isfinite().any()
 
 
 def test_no_tokens_and_no_sequences() -> None:
@@ -225,16 +232,18 @@ def test_the_number_of_threads_changes_no_bit(lengths: list[int], threads: None)
 
 
 def test_is_a_correct_custom_op() -> None:
-    tensors = inputs(1, 70, 2, dtype=torch.float32)
-    full = [t.requires_grad_() for t in tensors.values() if t is not None]
-    given_all = (*full, cumulative([66, 4]), True, 0.0, 9.0, True)
-    torch.library.opcheck(cpu._forward, given_all)
-    x, dt, A, B, C, *_ = full
-    torch.library.opcheck(cpu._forward, (x, dt, A, B, C, None, None, None, None, False, 0.0, 1.0, True))
+    tensors = inputs(1, 70, 2, heads=4, groups=2, dtype=torch.float32)
+    x, dt, A, B, C, D, _, initial = (t for t in tensors.values() if t is not None)
+    operands = (x[0], B[0].unsqueeze(1), C[0].unsqueeze(1), (dt * A)[0], dt[0])
+    full = [
+        t.detach().requires_grad_() for t in (*operands, torch.rand(70, 4), D, torch.rand(4, 1, 3), initial)
+    ]
+    rest = (cumulative([66, 4]), 2)
+    torch.library.opcheck(cpu._forward, (*full, *rest, True))
+    torch.library.opcheck(cpu._forward, (*full[:5], None, None, None, None, None, 1, True))
     detached = [t.detach() for t in full]
-    out = cpu._forward(*detached, *given_all[8:])
-    rest = (cumulative([66, 4]), True, 0.0, 9.0, *out[2:])
-    torch.library.opcheck(cpu._backward, (torch.ones(1, 70, 4, 3), None, *detached, *rest))
+    marks = cpu._forward(*detached, *rest, True)[2]
+    torch.library.opcheck(cpu._backward, (torch.ones(70, 1, 4, 3), None, *detached, *rest, marks))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -249,14 +258,28 @@ def test_compiles_without_a_break(packed: bool) -> None:
         assert_same_run(got, on_cpu(tensors, dt_softplus=True, **options), 0.0)
 
 
-def test_saves_nothing_when_no_gradient_is_wanted() -> None:
+def test_saves_nothing_when_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(1, 200, 1, dtype=torch.float32)
-    given_all = (*tensors.values(), None, False, 0.0, 1.0)
-    assert cpu._forward(*given_all, True)[4].numel() > 0
-    *_, states = cpu._forward(*given_all, False)
-    assert states.numel() == 0
+    marks = []
+    compute = cpu._compute
+
+    def watch(*args: Any) -> Any:
+        out = compute(*args)
+        marks.append(out[2])
+        given_all[:] = args
+        return out
+
+    given_all: list[Any] = []
+    monkeypatch.setattr(cpu, "_forward", watch)
+    monkeypatch.setattr(cpu, "_compute", watch)
+    ssd(**tensors, backend="cpu")  # type: ignore[arg-type]
+    with torch.no_grad():
+        ssd(**{k: t.clone().requires_grad_() for k, t in tensors.items() if t is not None}, backend="cpu")  # type: ignore[arg-type]
+    assert [m.numel() for m in marks] == [0, 0]
     with pytest.raises(RuntimeError, match="told not to keep"):
-        cpu._backward(tensors["x"], None, *given_all, torch.ones(1, 200, 4), torch.ones(1, 200, 4), states)
+        cpu._backward(torch.ones(200, 1, 4, 3), None, *given_all[:-1], marks[0])
+    ssd(**{k: t.clone().requires_grad_() for k, t in tensors.items() if t is not None}, backend="cpu")  # type: ignore[arg-type]
+    assert marks[2].numel() > 0
 
 
 def test_automatic_takes_it_and_float64_is_refused(

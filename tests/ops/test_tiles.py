@@ -12,9 +12,11 @@ import pytest
 
 from plait.ops import numba_support, tile_math, tiles
 from plait.ops.causal_conv1d import cpu_kernels as conv_kernels
+from plait.ops.diagonal_ssm import cpu_kernels as diagonal_kernels
 from plait.ops.gated_norm import cpu_kernels as norm_kernels
 from plait.ops.numba_support import exp2, first, load, sigmoid, store
 from plait.ops.selective_scan import cpu_kernels as scan_kernels
+from plait.ops.ssd import cpu_backward as ssd_backward
 from plait.ops.ssd import cpu_kernels as ssd_kernels
 from plait.ops.tile_math import (
     row_read,
@@ -23,17 +25,19 @@ from plait.ops.tile_math import (
     tile_clip,
     tile_column,
     tile_exp2,
+    tile_flush,
     tile_reciprocal,
 )
-from plait.ops.tiles import tile_load, tile_store
+from plait.ops.tiles import row_load, tile_load, tile_outer, tile_store, tile_turn
 
-KERNELS = [conv_kernels, norm_kernels, scan_kernels, ssd_kernels]
+KERNELS = [conv_kernels, diagonal_kernels, norm_kernels, scan_kernels, ssd_kernels, ssd_backward]
+BESIDES = {ssd_backward: [ssd_kernels]}
 
 
-@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.__name__.split(".")[-2])
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: ".".join(k.__name__.split(".")[-2:]))
 def test_kernels_are_compiled_again_when_what_is_under_them_changes(kernels: ModuleType) -> None:
     """Numba's cache looks at the file of a kernel alone, so that file names what it was written for."""
-    files = (numba_support, tiles, tile_math)
+    files = (numba_support, tiles, tile_math, *BESIDES.get(kernels, []))
     stamp = hashlib.sha256(b"".join(Path(str(f.__file__)).read_bytes() for f in files)).hexdigest()[:8]
     assert stamp == kernels.TILES, f"the tiles have changed: write {stamp} to TILES in {kernels.__file__}"
 
@@ -99,3 +103,33 @@ def test_tiles_broadcast_and_rows_are_taken_in_order() -> None:
     np.testing.assert_allclose(out[80:85], 1 / row.clip(0.5, 2)[:5], rtol=3e-7)
     assert (out[85:96] == 0).all()
     np.testing.assert_allclose(out[96:], np.exp2(row - 1 / row), rtol=1e-6)
+
+
+@numba.njit
+def _turned(shape, x, out):  # type: ignore[no-untyped-def]
+    tile_store(out, 0, 16, tile_turn(tile_load(shape, x, 0, 16)))
+
+
+def test_a_square_tile_is_transposed() -> None:
+    x = np.arange(256, dtype=np.float32)
+    out = np.zeros(256, np.float32)
+    _turned(((0,),) * 16, x, out)
+    np.testing.assert_array_equal(out.reshape(16, 16), x.reshape(16, 16).T)
+
+
+@numba.njit
+def _sum_of_products(shape, a, x, out):  # type: ignore[no-untyped-def]
+    tile = tile_outer(tile_load(shape, x, 32, 32), a, 1, 5, row_load(shape, x, 0))
+    tile_store(out, 0, 32, tile)
+    row_write(out, 96, tile_flush(row_read(x, 0, None), np.float32(0.5)), None)
+
+
+def test_outer_products_of_numbers_that_lie_apart_and_flushing() -> None:
+    random = np.random.default_rng(1)
+    a, x = random.uniform(-1, 1, 16).astype(np.float32), random.uniform(0, 1, 128).astype(np.float32)
+    x[3] = np.nan
+    out = np.zeros(112, np.float32)
+    _sum_of_products(((0, 0),) * 3, a, x, out)
+    want = x[32:].reshape(3, 32) + a[1:12:5, None] * x[:32]
+    np.testing.assert_allclose(out[:96].reshape(3, 32), want, rtol=1e-6)
+    np.testing.assert_array_equal(out[96:], np.where(x[:16] < 0.5, 0, x[:16]))

@@ -133,6 +133,19 @@ def tile_clip(typing: Any, x: Any, low: Any, high: Any) -> Any:
 
 
 @intrinsic
+def tile_flush(typing: Any, x: Any, least: Any) -> Any:
+    """Every element, or 0 where it is below `least`; NaN stays NaN."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def one(v: Any, bound: Any) -> Any:
+            return builder.select(builder.fcmp_ordered("<", v, bound), _floats(0.0), v)
+
+        return _each(builder, sig, args, one)
+
+    return x(x, types.float32), lower
+
+
+@intrinsic
 def tile_column(typing: Any, shape: Any, array: Any, index: Any) -> Any:
     """A tile with array[index + r] in all of row r."""
     kind = Tile(len(shape), len(shape[0]))

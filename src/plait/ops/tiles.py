@@ -72,10 +72,13 @@ def tile_pack(builder: Any, vectors: list[Any]) -> Any:
     return tile
 
 
-def _scalars(context: Any, builder: Any, kind: Any, array: Any, index: Any, count: int) -> list[Any]:
-    """array[index : index + count], each in all lanes."""
-    base = _at(context, builder, kind, array, index)
-    return [splat(builder, builder.load(builder.gep(base, [ir.Constant(_INT, i)]))) for i in range(count)]
+def _scalars(
+    context: Any, builder: Any, kind: Any, array: Any, index: Any, stride: Any, count: int
+) -> list[Any]:
+    """array[index + i * stride] for i < count, each in all lanes."""
+    steps = [builder.mul(ir.Constant(stride.type, i), stride) for i in range(count)]
+    places = [_at(context, builder, kind, array, builder.add(index, step)) for step in steps]
+    return [splat(builder, builder.load(place)) for place in places]
 
 
 @intrinsic
@@ -136,32 +139,41 @@ def tile_scale(typing: Any, factor: Any, tile: Any) -> Any:
 
 
 @intrinsic
-def tile_outer(typing: Any, tile: Any, array: Any, index: Any, row: Any) -> Any:
-    """tile_r + array[index + r] * row, for every row r."""
+def tile_outer(typing: Any, tile: Any, array: Any, index: Any, stride: Any, row: Any) -> Any:
+    """tile_r + array[index + r * stride] * row, for every row r."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors, across = tile_unpack(builder, args[0]), tile_unpack(builder, args[3])
-        factors = _scalars(context, builder, signature.args[1], args[1], args[2], tile.rows)
+        vectors, across = tile_unpack(builder, args[0]), tile_unpack(builder, args[4])
+        factors = _scalars(context, builder, signature.args[1], args[1], args[2], args[3], tile.rows)
         for i, vector in enumerate(vectors):
             vectors[i] = _fma(builder, factors[i // tile.vectors], across[i % tile.vectors], vector)
         return tile_pack(builder, vectors)
 
-    return tile(tile, array, types.intp, row), generate
+    return tile(tile, array, types.intp, types.intp, row), generate
 
 
 @intrinsic
-def tile_mix(typing: Any, row: Any, array: Any, index: Any, tile: Any) -> Any:
-    """row + the sum over rows r of array[index + r] * tile_r."""
+def tile_turn(typing: Any, tile: Any) -> Any:
+    """The transposed tile, of LANES rows of one vector."""
+    assert (tile.rows, tile.vectors) == (LANES, 1), tile
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        total, vectors = tile_unpack(builder, args[0]), tile_unpack(builder, args[3])
-        factors = _scalars(context, builder, signature.args[1], args[1], args[2], tile.rows)
-        for i, vector in enumerate(vectors):
-            v = i % tile.vectors
-            total[v] = _fma(builder, factors[i // tile.vectors], vector, total[v])
-        return tile_pack(builder, total)
+        rows = tile_unpack(builder, args[0])
+        half = LANES // 2
+        while half:  # change places: the lanes that have this bit, of rows that have not, for the reverse
+            low = [j if not j & half else LANES + j - half for j in range(LANES)]
+            high = [j + half if not j & half else LANES + j for j in range(LANES)]
+            turned = list(rows)
+            for r in range(LANES):
+                if not r & half:
+                    for to, places in ((r, low), (r + half, high)):
+                        mask = ir.Constant(ir.VectorType(_INT, LANES), places)
+                        turned[to] = builder.shuffle_vector(rows[r], rows[r + half], mask)
+            rows = turned
+            half //= 2
+        return tile_pack(builder, rows)
 
-    return row(row, array, types.intp, tile), generate
+    return tile(tile), generate
 
 
 @intrinsic
@@ -199,23 +211,6 @@ def tile_dots(typing: Any, array: Any, index: Any, tile: Any, row: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, tile, row), generate
-
-
-@intrinsic
-def tile_inner(typing: Any, array: Any, index: Any, a: Any, b: Any) -> Any:
-    """array[index : index + LANES] += the inner product of two tiles, lane by lane."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, right = tile_unpack(builder, args[2]), tile_unpack(builder, args[3])
-        chains = [builder.fmul(x, y) for x, y in zip(left[:2], right[:2], strict=True)]
-        for i in range(2, len(left)):
-            chains[i % 2] = _fma(builder, left[i], right[i], chains[i % 2])
-        total = chains[0] if len(chains) == 1 else builder.fadd(*chains)
-        address = _at(context, builder, signature.args[0], args[0], args[1])
-        _store(builder, builder.fadd(_load(builder, address, _VECTOR), total), address)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, a, b), generate
 
 
 def _widen(builder: Any, value: Any, float32: bool) -> Any:
@@ -266,31 +261,6 @@ def copy(typing: Any, into: Any, at: Any, array: Any, start: Any, count: Any, fa
         return context.get_dummy_value()
 
     return types.void(into, types.intp, array, types.intp, types.intp, types.float32), generate
-
-
-@intrinsic
-def get(typing: Any, array: Any, index: Any) -> Any:
-    """array[index] as float32; uint16 elements are bfloat16."""
-    float32 = array.dtype == types.float32
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(_at(context, builder, signature.args[0], args[0], args[1]))
-        return _widen(builder, value, float32)
-
-    return types.float32(array, types.intp), generate
-
-
-@intrinsic
-def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] = value, a float32; into uint16 elements as bfloat16, rounded to nearest even."""
-    float32 = array.dtype == types.float32
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = _at(context, builder, signature.args[0], args[0], args[1])
-        builder.store(_narrow(builder, args[2], float32), address)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.float32), generate
 
 
 @intrinsic

@@ -33,10 +33,11 @@ TRAPEZOIDAL_SSD = Op(
     "trapezoidal_ssd",
     {
         "gpu": "plait.ops.ssd.gpu_trapezoid:trapezoidal_ssd",
+        "cpu": "plait.ops.ssd.cpu:trapezoidal_ssd",
         "portable": "plait.ops.ssd.portable:trapezoidal_ssd",
         "reference": "plait.ops.ssd.reference:trapezoidal_ssd",
     },
-    {"gpu": (torch.float32, torch.bfloat16, torch.float16)},
+    dict.fromkeys(("gpu", "cpu"), (torch.float32, torch.bfloat16, torch.float16)),
     _LARGEST,
 )
 

@@ -1,4 +1,4 @@
-"""Mamba-2's op on CPUs: the Numba kernels of `cpu_kernels.py` as torch custom ops.
+"""Mamba-2's and Mamba-3's ops on CPUs: the Numba kernels of `cpu_kernels.py` as torch custom ops.
 
 Which thread computes which task changes no number: results are equal bit for bit for any number of threads.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from plait.ops.numba_support import direct, flat, run
 from plait.ops.segments import segments
-from plait.ops.ssd import cpu_kernels
+from plait.ops.ssd import cpu_backward, cpu_kernels, portable, reduction
+from plait.ops.ssd.cpu_kernels import ROWS, SLABS
+from plait.ops.ssd.resume import States
 from plait.ops.tiles import LANES
 
-BLOCK = 64
-"""Q, tokens a block: one state a block is kept for backward"""
-_LIGHT = 4
+_LIGHT = 16
 """updates of elements of a state that take as long as one element of a pointwise op"""
 
 
@@ -40,77 +40,144 @@ def ssd(
     max_len: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2's recurrence in float32; shapes as in `plait.ops.ssd.ssd`. x may not be float64."""
-    given = (x, dt, A, B, C, D, dt_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    low, high = float(dt_limit[0]), float(dt_limit[1])
-    y, final, *_ = direct(_forward, _compute, *given, cu_seqlens, dt_softplus, low, high, save)
-    return y, final
+    return reduction.ssd(
+        _engine(x.shape[0], cu_seqlens),
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=initial_state,
+    )
+
+
+def trapezoidal_ssd(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    log_decay: Tensor,
+    dt: Tensor,
+    lam: Tensor,
+    *,
+    rank_in: Tensor | None,
+    D: Tensor | None,
+    initial_state: States | None,
+    cu_seqlens: Tensor | None,
+    max_len: int | None,
+) -> tuple[Tensor, States]:
+    """Mamba-3's recurrence in float32; shapes as in `plait.ops.ssd.trapezoidal_ssd`. v may not be float64."""
+    if k.shape[2] > ROWS:  # a token's ranks must fit a slab
+        return portable.trapezoidal_ssd(
+            v,
+            k,
+            q,
+            log_decay,
+            dt,
+            lam,
+            rank_in=rank_in,
+            D=D,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            max_len=max_len,
+        )
+    return reduction.trapezoidal_ssd(
+        _engine(v.shape[0], cu_seqlens),
+        v,
+        k,
+        q,
+        log_decay,
+        dt,
+        lam,
+        rank_in=rank_in,
+        D=D,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _engine(n_rows: int, cu_seqlens: Tensor | None) -> reduction.Scan:
+    """The kernels on n_rows dense sequences, or on the packed ones that cu_seqlens bounds."""
+    n_seq = n_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def scan(
+        v: Tensor,
+        k: Tensor,
+        q: Tensor,
+        a: Tensor,
+        w: Tensor,
+        d: Tensor | None,
+        skip: Tensor | None,
+        ranks: Tensor | None,
+        initial: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        given = (v, k, q, a, w, d, skip, ranks, initial)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        y, final, _ = direct(_forward, _compute, *given, cu_seqlens, n_seq, save)
+        return y, final
+
+    return scan
 
 
 def _compute(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    a: Tensor,
+    w: Tensor,
+    d: Tensor | None,
+    skip: Tensor | None,
+    ranks: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
+    n_seq: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, final state, and for backward: steps and gates (S, T, H), states entering blocks (S*T // Q, H, padded)."""
-    n_seq, (rows, length, heads, width) = _n_seq(x, cu_seqlens), x.shape
-    state = B.shape[3]
-    y = x.new_empty(x.shape, dtype=_written(x))
-    final = x.new_empty(n_seq, heads, width, state, dtype=torch.float32)
-    steps = x.new_empty(rows, length, heads, dtype=torch.float32)
-    gates = torch.empty_like(steps)
-    table, used = segments(n_seq, length, cu_seqlens, BLOCK)
-    tile_rows, vectors = _tile(state)
-    states = x.new_empty(_saved(rows, length, save), heads, _area(width, state), dtype=torch.float32)
-    states[used:] = 0
-    share = _share(n_seq, heads, B.shape[2])
-    parts = B.shape[2] * -(-(heads // B.shape[2]) // share)
-    inputs = _inputs(x, B, C)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reduction.Scan`: y, the final states, and for backward the states entering blocks (blocks, H, padded)."""
+    (tokens, heads, width), (rank, groups, size) = v.shape, k.shape[1:]
+    y = v.new_empty(tokens, rank, heads, width, dtype=_written(v))
+    final = v.new_empty(n_seq, heads, width, size, dtype=torch.float32)
+    marks = v.new_empty(
+        _saved(tokens, n_seq, rank, cu_seqlens, save), heads, _area(width, size), dtype=torch.float32
+    )
+    table, used, length = _segments(tokens, n_seq, rank, cu_seqlens)
+    marks[used:] = 0
+    share, parts = _share(n_seq, heads, groups)
+    weights = flat(w.float().contiguous())
     run(
         cpu_kernels.forward,
         n_seq * parts,
-        rows * length * heads * width * state // _LIGHT,
-        ((0,) * vectors,) * tile_rows,
-        (length, heads, width, B.shape[2], state, share, BLOCK, parts),
+        tokens * rank * heads * width * size // _LIGHT,
+        *_shapes(size),
+        (length, heads, width, groups, size, rank, share, parts),
         table,
-        *inputs[:2],
-        *_flat(dt.float()),
-        *inputs[2:],
-        _numbers(A),
-        _numbers(A.new_zeros(heads) if dt_bias is None else dt_bias),
-        _skip(x, D),
-        _numbers(A.new_zeros(0) if initial is None else initial),
-        np.float32(low),
-        np.float32(high),
-        softplus,
-        *(flat(t) for t in (y, final, steps, gates, states)),
+        *_values(v),
+        *_keys(k, q),
+        flat(a.double().exp().contiguous()),
+        weights,
+        weights if d is None else flat(d.float().contiguous()),
+        _skip(v, skip),
+        _ranks(v, rank, ranks),
+        _numbers(initial),
+        *(flat(t) for t in (y, final, marks)),
     )
-    return y.to(x.dtype), final, steps, gates, states
+    return y.to(v.dtype), final, marks
 
 
 _forward = torch.library.custom_op("plait::ssd_cpu", _compute, mutates_args=(), device_types="cpu")
 
 
 @_forward.register_fake
-def _(x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, softplus, low, high, save):  # type: ignore[no-untyped-def]
-    rows, length, heads, width = x.shape
-    steps = x.new_empty(rows, length, heads, dtype=torch.float32)
+def _(v, k, q, a, w, d, skip, ranks, initial, cu_seqlens, n_seq, save):  # type: ignore[no-untyped-def]
+    (tokens, heads, width), (rank, _, size) = v.shape, k.shape[1:]
+    saved = _saved(tokens, n_seq, rank, cu_seqlens, save)
     return (
-        x.new_empty(x.shape),
-        x.new_empty(_n_seq(x, cu_seqlens), heads, width, B.shape[3], dtype=torch.float32),
-        steps,
-        torch.empty_like(steps),
-        x.new_empty(_saved(rows, length, save), heads, _area(width, B.shape[3]), dtype=torch.float32),
+        v.new_empty(tokens, rank, heads, width),
+        v.new_empty(n_seq, heads, width, size, dtype=torch.float32),
+        v.new_empty(saved, heads, _area(width, size), dtype=torch.float32),
     )
 
 
@@ -118,162 +185,186 @@ def _(x, dt, A, B, C, D, dt_bias, initial, cu_seqlens, softplus, low, high, save
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    a: Tensor,
+    w: Tensor,
+    d: Tensor | None,
+    skip: Tensor | None,
+    ranks: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    steps: Tensor,
-    gates: Tensor,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, dt_bias and the initial state; empty for what was not given."""
-    n_seq, (rows, length, heads, width) = _n_seq(x, cu_seqlens), x.shape
-    groups, state = B.shape[2:]
-    dx, ddt = x.new_empty(x.shape, dtype=_written(x)), torch.empty_like(steps)
-    dinitial = x.new_empty(n_seq, heads, width, state, dtype=torch.float32)
-    sums = np.empty((n_seq, heads, width + 2))
-    table, used = segments(n_seq, length, cu_seqlens, BLOCK)
-    if used > states.shape[0]:
+    n_seq: int,
+    marks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first nine inputs of `_forward`; empty for what was not given."""
+    (tokens, heads, width), (rank, groups, size) = v.shape, k.shape[1:]
+    table, used, length = _segments(tokens, n_seq, rank, cu_seqlens)
+    if used > marks.shape[0]:
         raise RuntimeError("ssd: backward needs the states that forward was told not to keep")
-    tile_rows, vectors = _tile(state)
-    share = _share(n_seq, heads, groups)
-    partial = -(-(heads // groups) // share)
-    db, dc = (x.new_empty(partial, *B.shape, dtype=torch.float32) for _ in "BC")
-    inputs = _inputs(x, B, C)
+    share, parts = _share(n_seq, heads, groups)
+    dv = v.new_empty(v.shape, dtype=_written(v))
+    dk, dq = (v.new_empty(parts // groups, *k.shape, dtype=torch.float32) for _ in "kq")
+    da, dw, dd = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in "awd")
+    dinitial = v.new_empty(n_seq, heads, width, size, dtype=torch.float32)
+    sums = np.empty((n_seq, heads, 1 + (0 if ranks is None and rank == 1 else rank), width))
+    weights = flat(w.float().contiguous())
     run(
-        cpu_kernels.backward,
-        n_seq * groups * partial,
-        3 * rows * length * heads * width * state // _LIGHT,
-        ((0,) * vectors,) * tile_rows,
-        (length, heads, width, groups, state, share, BLOCK, groups * partial),
+        cpu_backward.backward,
+        n_seq * parts,
+        3 * tokens * rank * heads * width * size // _LIGHT,
+        *_shapes(size),
+        (length, heads, width, groups, size, rank, share, parts),
         table,
-        *inputs[:2],
-        *_flat(dy.to(_written(x))),
-        *inputs[2:],
-        _numbers(A),
-        _skip(x, D),
-        _numbers(A.new_zeros(0) if initial is None else initial),
-        _numbers(A.new_zeros(0) if dfinal is None else dfinal),
-        np.float32(low),
-        np.float32(high),
-        softplus,
-        *(flat(t) for t in (steps, gates, states, dx, ddt, db, dc, dinitial)),
+        *_values(v),
+        *_keys(dy.to(_written(v))),
+        *_keys(k, q),
+        flat(a.double().exp().contiguous()),
+        weights,
+        weights if d is None else flat(d.float().contiguous()),
+        _skip(v, skip),
+        _ranks(v, rank, ranks),
+        *(_numbers(t) for t in (initial, dfinal)),
+        flat(marks),
+        *(flat(t) for t in (dv, dk, dq, da, dw, dd, dinitial)),
         sums.reshape(-1),
     )
     total = torch.from_numpy(sums.sum(0))
-    dskip = total[:, :-2] if D is not None and D.dim() == 2 else total[:, :-2].sum(1)
+    dskip = total[:, 0] if skip is not None and skip.dim() == 2 else total[:, 0].sum(1)
     return (
-        dx.to(x.dtype),
-        ddt.to(dt.dtype),
-        total[:, -2].to(A.dtype, copy=True),
-        _added(db, B.dtype),
-        _added(dc, C.dtype),
-        x.new_empty(0) if D is None else dskip.to(D.dtype).contiguous(),
-        x.new_empty(0) if dt_bias is None else total[:, -1].to(dt_bias.dtype, copy=True),
-        x.new_empty(0) if initial is None else dinitial.to(initial.dtype),
+        dv.to(v.dtype),
+        _added(dk, k.dtype),
+        _added(dq, q.dtype),
+        da.to(a.dtype),
+        (dw if d is not None else dw.add_(dd)).to(w.dtype),
+        v.new_empty(0) if d is None else dd.to(d.dtype),
+        v.new_empty(0) if skip is None else dskip.to(skip.dtype, copy=True).contiguous(),
+        v.new_empty(0) if ranks is None else total[:, 1:].to(ranks.dtype, copy=True).contiguous(),
+        v.new_empty(0) if initial is None else dinitial.to(initial.dtype),
     )
 
 
 @_backward.register_fake
-def _(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial, *_):  # type: ignore[no-untyped-def]
-    of = [x, dt, A, B, C, D, dt_bias, initial]
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in of)
+def _(dy, dfinal, v, k, q, a, w, d, skip, ranks, initial, *_):  # type: ignore[no-untyped-def]
+    of = [v, k, q, a, w, d, skip, ranks, initial]
+    return tuple(v.new_empty(0) if t is None else t.new_empty(t.shape) for t in of)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:9], *output[2:])
-    ctx.options = inputs[9:12]
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*inputs[:10], output[2])
+    ctx.n_seq = inputs[10]
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *given, steps, gates, states = ctx.saved_tensors
-    dy = torch.zeros_like(given[0]) if dy is None else dy
-    grads = _backward(dy, dfinal, *given, *ctx.options, steps, gates, states)
-    of = (None if t is None else grad for t, grad in zip(given, grads, strict=False))
-    return (*of, *(None for _ in range(5)))
+def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *given, marks = ctx.saved_tensors
+    if dy is None:
+        v, k = given[:2]
+        dy = v.new_zeros(v.shape[0], k.shape[1], *v.shape[1:])
+    grads = _backward(dy, dfinal, *given, ctx.n_seq, marks)
+    return (*(None if t is None else grad for t, grad in zip(given, grads, strict=False)), None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
 
 
-def _n_seq(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _block(rank: int) -> int:
+    """Tokens a block: one state a block is kept for backward."""
+    return SLABS * (ROWS // rank)
 
 
-def _saved(rows: int, length: int, save: bool) -> int:
+def _segments(tokens: int, n_seq: int, rank: int, cu_seqlens: Tensor | None) -> tuple[Any, int, int]:
+    """Where the sequences lie, how many states are saved, and the tokens of a row."""
+    length = tokens // max(n_seq, 1) if cu_seqlens is None else tokens
+    return *segments(n_seq, length, cu_seqlens, _block(rank)), length
+
+
+def _saved(tokens: int, n_seq: int, rank: int, cu_seqlens: Tensor | None, save: bool) -> int:
     """A bound of the states to keep that does not depend on where the documents lie."""
-    return rows * (length // BLOCK) if save else 0
+    if not save:
+        return 0
+    return (
+        tokens // _block(rank)
+        if cu_seqlens is not None
+        else n_seq * (tokens // max(n_seq, 1) // _block(rank))
+    )
 
 
 @cache
 def _tiles() -> tuple[tuple[int, int], ...]:
-    """The tiles (rows, vectors of 16 lanes) that fit this machine's registers, with some to spare."""
-    return ((4, 4), (8, 2), (8, 1)) if llvm.get_host_cpu_features().get("avx512f") else ((4, 1),)
+    """The tiles (rows, vectors of 16 lanes) that fit this machine's registers, with some to spare; the last is tall."""
+    if llvm.get_host_cpu_features().get("avx512f"):
+        return (4, 4), (8, 2), (16, 1)
+    return (4, 1), (4, 1)
 
 
-def _tile(state: int) -> tuple[int, int]:
-    """The tile that covers `state` with the least work: padded lanes, and some work a tile whatever its width."""
-    best, least = (4, 1), -1
-    for rows, vectors in _tiles():
-        lanes = vectors * LANES
-        work = -(-state // lanes) * (lanes + 16)
-        if least < 0 or work < least:
-            best, least = (rows, vectors), work
-    return best
+def _shapes(size: int) -> tuple[Any, Any]:
+    """The types of the tile that covers N with the least work (pads, and some a tile), and of the tall one."""
+    rows, vectors = min(_tiles(), key=lambda tile: _work(size, tile[1]))
+    return ((0,) * vectors,) * rows, ((0,),) * _tiles()[-1][0]
 
 
-def _area(width: int, state: int) -> int:
+def _work(size: int, vectors: int) -> int:
+    return -(-size // (vectors * LANES)) * (vectors * LANES + LANES)
+
+
+def _area(width: int, size: int) -> int:
     """Elements of one head's padded state."""
-    rows, vectors = _tile(state)
-    lanes = vectors * LANES
-    return -(-width // rows) * rows * (-(-state // lanes) * lanes)
+    lanes = LANES * len(_shapes(size)[0][0])
+    return -(-width // ROWS) * ROWS * (-(-size // lanes) * lanes)
 
 
-def _share(n_seq: int, heads: int, groups: int) -> int:
-    """Heads a task. Two halve the summands of dB and dC; one, if else there were too few tasks."""
-    return 2 if n_seq >= 4 and (heads // groups) % 2 == 0 else 1
+def _share(n_seq: int, heads: int, groups: int) -> tuple[int, int]:
+    """Heads a task, and tasks a sequence. More heads share the products of q and k, fewer give more tasks."""
+    per_group = heads // groups
+    share = min(8, max(1, n_seq * heads // 6), per_group)
+    return share, groups * -(-per_group // share)
 
 
-def _written(x: Tensor) -> torch.dtype:
-    """The dtype that the kernels write for x: its own, or float32 where they have no other."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+def _written(v: Tensor) -> torch.dtype:
+    """The dtype that the kernels write for v: its own, or float32 where they have no other."""
+    return torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
 
 
-def _inputs(*tensors: Tensor) -> list[Any]:
-    """Each tensor's flat array and strides: all bfloat16 or all float32."""
+def _values(v: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """v (n, H, P) as a flat array and its first two strides."""
+    return _flat(v if v.dtype == torch.bfloat16 else v.float(), 2)
+
+
+def _keys(*tensors: Tensor) -> list[Any]:
+    """Each tensor (n, R, G, N) as a flat array and its first three strides: all bfloat16 or all float32."""
     if not all(t.dtype == torch.bfloat16 for t in tensors):
         tensors = tuple(t.float() for t in tensors)
-    return [item for t in tensors for item in _flat(t)]
+    return [item for t in tensors for item in _flat(t, 3)]
 
 
-def _flat(t: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """What t spans, and its first three strides; the channels or states of a token lie together."""
-    if t.numel() and t.dim() == 4 and t.stride(3) != 1:
+def _flat(t: Tensor, strides: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """What t spans, and its strides; copied if its channels or states do not lie together."""
+    if t.numel() and t.stride(-1) != 1:
         t = t.contiguous()
-    return flat(t), t.stride()[:3]
+    return flat(t), t.stride()[:strides]
 
 
-def _numbers(t: Tensor) -> np.ndarray:
-    """All elements in order, as float32."""
-    return np.from_dlpack(t.detach().float().contiguous().view(-1))
+def _numbers(t: Tensor | None) -> np.ndarray:
+    """All elements in order, as float32; none for None."""
+    return np.empty(0, np.float32) if t is None else flat(t.detach().float().contiguous())
 
 
-def _skip(x: Tensor, D: Tensor | None) -> np.ndarray:
+def _skip(v: Tensor, skip: Tensor | None) -> np.ndarray:
     """D of every channel (H * P,); zeros for none."""
-    shape = x.shape[2:]
-    if D is None:
+    shape = v.shape[1:]
+    if skip is None:
         return np.zeros(shape.numel(), np.float32)
-    return _numbers(D if D.dim() == 2 else D.unsqueeze(1).expand(shape))
+    return _numbers(skip if skip.dim() == 2 else skip.unsqueeze(1).expand(shape))
+
+
+def _ranks(v: Tensor, rank: int, ranks: Tensor | None) -> np.ndarray:
+    """m (H, R, P); ones for none, and nothing for one rank without it."""
+    if ranks is None and rank > 1:
+        return np.ones(rank * v.shape[1:].numel(), np.float32)
+    return _numbers(ranks)
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
