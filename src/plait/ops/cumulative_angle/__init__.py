@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_dims, check_packing, check_shape
@@ -10,9 +11,11 @@ from plait.ops.dispatch import Op, choose
 CUMULATIVE_ANGLE = Op(
     "cumulative_angle",
     {
+        "cpu": "plait.ops.cumulative_angle.cpu:cumulative_angle",
         "portable": "plait.ops.cumulative_angle.portable:cumulative_angle",
         "reference": "plait.ops.cumulative_angle.reference:cumulative_angle",
     },
+    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
 )
 
 
@@ -34,5 +37,5 @@ def cumulative_angle(
     check_dims("cumulative_angle", "step", step, "S, T, H, Ra")
     n_seq = check_packing("cumulative_angle", step, cu_seqlens, max_len)
     check_shape("cumulative_angle", "initial_state", initial_state, "S, H, Ra", n_seq, *step.shape[2:])
-    run = choose(CUMULATIVE_ANGLE, backend, step.device)
+    run = choose(CUMULATIVE_ANGLE, backend, step.device, step.dtype)
     return run(step, initial_state=initial_state, cu_seqlens=cu_seqlens, max_len=max_len)

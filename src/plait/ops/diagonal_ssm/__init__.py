@@ -5,6 +5,7 @@ S sequences, T tokens, n packed tokens, E channels, N states a channel (complex:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.ops.checks import check_dims, check_packing, check_shape
@@ -13,9 +14,11 @@ from plait.ops.dispatch import Op, choose
 DIAGONAL_SSM = Op(
     "diagonal_ssm",
     {
+        "cpu": "plait.ops.diagonal_ssm.cpu:diagonal_ssm",
         "portable": "plait.ops.diagonal_ssm.portable:diagonal_ssm",
         "reference": "plait.ops.diagonal_ssm.reference:diagonal_ssm",
     },
+    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
 )
 
 
@@ -58,6 +61,6 @@ def diagonal_ssm(
         check_shape(op, "initial_state", initial_state, "S, E, N, 2", n_seq, channels, states, 2)
     else:
         check_shape(op, "initial_state", initial_state, "S, E, N", n_seq, channels, states)
-    return choose(DIAGONAL_SSM, backend, x.device)(
+    return choose(DIAGONAL_SSM, backend, x.device, x.dtype)(
         x, dA, B, C, D, initial_state=initial_state, cu_seqlens=cu_seqlens, max_len=max_len
     )
