@@ -14,8 +14,8 @@ import pytest
 
 from plait.config.data import DataConfig, TokenizerConfig
 from plait.config.errors import DataError
+from plait.config.machine import cache_folder
 from plait.data import TokenShards, documents, open_data, prepare, shards, write_shards
-from plait.data.prepare import cache_folder
 from plait.tokenizers import train_tokenizer
 from plait.tokenizers.bytes import BytesTokenizer
 from plait.tokenizers.characters import CharactersTokenizer

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plait.cli.machine import hardware, optional_packages, versions
-from plait.cli.terminal import pairs, stderr, stdout, table
-from plait.config.errors import BackendError
+from plait.cli.terminal import pairs, seconds, stderr, stdout, table
+from plait.config.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +18,24 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile now what first steps would wait for, instead of checking")
+    ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="With --warm: for this model; else for each kind of layer"),
+    ] = None,
+) -> None:
     """Show versions, devices, memory and packages, and check every backend's numbers against the reference.
 
-    The exit status is 1 if a backend computes wrong.
+    A backend that computes wrong here is not used any more, until it is found right; the exit status is then 1.
     """
+    if warm:
+        _warm(config)
+        return
+    if config is not None:
+        raise ConfigError("--config says what --warm compiles for; give both, or neither")
     console = stdout()
     with stderr().status("looking around"):
         facts = [*versions(), *hardware()]
@@ -38,14 +51,41 @@ def doctor() -> None:
         for failure in failures:
             console.print(f"wrong: {failure}", style="bold red")
         console.print(
-            "Other backends are not affected: choose one with PLAIT_BACKEND=portable, and please report this."
+            "Plait will not use what is wrong on this machine, until plait doctor finds it right: other backends take "
+            "its place, and who asks for it by name is told. Please report this."
         )
         raise typer.Exit(1)
     console.print("Every backend that can run here computes what the reference does.")
 
 
+def _warm(source: str | None) -> None:
+    from plait.cli.source import read_model
+    from plait.cli.warm import warm
+
+    console = stdout()
+    model = None if source is None else read_model(source, ())[0]
+    for name, taken in warm(model, _places()):
+        console.print(f"{name}: ready after {seconds(taken)}")
+
+
 def check_backends() -> tuple[Table, list[str], list[str]]:
-    """The op x backend table with errors, remarks on what cannot run, and the names of what is wrong."""
+    """The op x backend table with errors, remarks on what cannot run, and the names of what is wrong.
+
+    What is wrong is recorded, so that it is not used on this machine from now on.
+    """
+    from plait.ops import verdicts
+
+    with verdicts.ignored():
+        found, notes, wrong = _compare()
+    verdicts.record(wrong)
+    return (
+        found,
+        notes,
+        [f"{backend} {op} on {place}: {words}" for (op, backend, place), words in wrong.items()],
+    )
+
+
+def _compare() -> tuple[Table, list[str], dict[tuple[str, str, str], str]]:
     from plait.ops.dispatch import BACKENDS
     from plait.ops.dispatch import table as backends
 
@@ -63,7 +103,7 @@ def check_backends() -> tuple[Table, list[str], list[str]]:
         for row in rows
         if not row.available and "this op has only" not in row.reason
     }
-    failures: list[str] = []
+    failures: dict[tuple[str, str, str], str] = {}
     for op in dict.fromkeys(row.op for row in rows):
         cells = []
         for name, place in columns:
@@ -71,7 +111,7 @@ def check_backends() -> tuple[Table, list[str], list[str]]:
             if available[op, name]:
                 cell, wrong, refused = _check(op, name, place)
                 if wrong:
-                    failures.append(f"{name} {op} on {place.type}: {wrong}")
+                    failures[op, name, place.type] = wrong
                 if refused:
                     lacking.add(f"{name}: {refused}")
             cells.append(cell)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from plait.cli.terminal import size
-from plait.config.machine import cpu_name, package_version
+from plait.config.machine import cache_folder, cpu_name, package_version
 
 Fact = tuple[str, str]
 CORE = ("torch", "numpy", "numba", "safetensors", "tokenizers", "pydantic")
@@ -37,8 +37,6 @@ def versions() -> list[Fact]:
 def hardware() -> list[Fact]:
     """Processors, memory, disk, compiler."""
     import torch
-
-    from plait.data.prepare import cache_folder
 
     rows: list[Fact] = [
         ("CPU", f"{cpu_name()}, {os.cpu_count()} logical cores; torch threads: {torch.get_num_threads()}")

@@ -1,7 +1,8 @@
-"""What a number was measured on: the processor, the versions of packages, the commit. No torch here."""
+"""This machine: the processor, versions of packages, the commit, where Plait keeps what it made. No torch here."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -42,3 +43,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Where prepared data and findings about this machine are kept.
+
+    As given, else $PLAIT_CACHE, else plait in the user's cache folder.
+    """
+    if given is not None:
+        return Path(given).expanduser()
+    if os.environ.get("PLAIT_CACHE"):
+        return Path(os.environ["PLAIT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait"

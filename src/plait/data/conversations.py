@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from plait.config.data import DataConfig
 from plait.config.errors import DataError
+from plait.config.machine import cache_folder
 from plait.data.batch import IGNORED
 from plait.data.documents import json_lines, parquet_rows
 from plait.data.packing import Sample
 from plait.data.permutation import Permutation, key_of
-from plait.data.prepare import both_sides, cache_folder, new_shard, shard_key, shown
+from plait.data.prepare import both_sides, new_shard, shard_key, shown
 from plait.data.shards import TokenShards
 from plait.data.sources import Source, Split, by_last_file, held_out, resolve_sources
 from plait.tokenizers.base import Tokenizer

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from plait.config.data import DataConfig
 from plait.config.errors import DataError
+from plait.config.machine import cache_folder
 from plait.data.documents import Document, documents_of
 from plait.data.shards import VERSION, ShardWriter, TokenShards
 from plait.data.sources import Source, Split, by_last_file, resolve_sources
@@ -26,15 +26,6 @@ from plait.tokenizers.files import new_folder
 
 Shards = TypeVar("Shards", bound=TokenShards)
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
-
-
-def cache_folder(given: str | Path | None = None) -> Path:
-    """Where prepared data is kept: as given, else $PLAIT_CACHE, else plait in the user's cache folder."""
-    if given is not None:
-        return Path(given).expanduser()
-    if os.environ.get("PLAIT_CACHE"):
-        return Path(os.environ["PLAIT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait"
 
 
 def prepare(

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from plait.config.errors import BackendError, nearest
+from plait.ops import verdicts
 
 BACKENDS: tuple[str, ...] = ("gpu", "cpu", "portable", "reference")
 AUTO = "auto"
@@ -154,6 +155,9 @@ def _why_not(
         reason = _why_no_gpu()
         if reason:
             return reason
+    wrong = _found_wrong(op.name, name, device_type)
+    if wrong:
+        return wrong
     if dtype is not None and dtype not in op.dtypes.get(name, (dtype,)):
         return f"it takes {', '.join(map(str, op.dtypes[name]))}, given {dtype}"
     if size is not None and size > op.largest.get(name, size):
@@ -183,6 +187,11 @@ def _say_once(op: str, backend: str, reason: str) -> None:
 @torch._dynamo.assume_constant_result
 def _environment() -> str:
     return os.environ.get("PLAIT_BACKEND", "")
+
+
+@torch._dynamo.assume_constant_result
+def _found_wrong(op: str, backend: str, device_type: str) -> str:
+    return verdicts.against(op, backend, device_type)
 
 
 @torch._dynamo.assume_constant_result

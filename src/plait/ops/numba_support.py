@@ -114,10 +114,12 @@ def rows(x: Tensor) -> tuple[np.ndarray, int]:
 
 
 def _kind(a: Any) -> Any:
-    """What tells the types of arguments apart: arrays are all flat, tuples hold zeros."""
+    """What tells the types of arguments apart: arrays are all flat; a tuple of tuples holds zeros, it is its type."""
     if isinstance(a, np.ndarray):
         return a.dtype
-    return a if isinstance(a, tuple) else type(a)
+    if isinstance(a, tuple):
+        return a if a and isinstance(a[0], tuple) else (tuple, *map(type, a))
+    return type(a)
 
 
 def _compile(kernel: Any, args: tuple[Any, ...]) -> None:

@@ -46,7 +46,7 @@ from plait.ops.ssd.cpu_kernels import (
 from plait.ops.tile_math import row_read, row_write, tile_flush, tile_zero
 from plait.ops.tiles import LANES, copy, lane_sum, prefetch
 
-TILES = "3758446a"
+TILES = "d1aed343"
 """Of the files the kernels are made of: a change there must change this one too, or Numba takes old kernels."""
 
 
