@@ -314,9 +314,9 @@ def test_opcheck(low: bool) -> None:
     torch.library.opcheck(conv_cpu._backward, (*plain, bounds, True))
     torch.library.opcheck(conv_cpu._backward, (plain[0], None, *plain[2:4], None, None, bounds, True))
     x, z, weight = (t.requires_grad_() for t in norm(9, 12, low=low).values())
-    torch.library.opcheck(norm_cpu._forward, (x, z, weight, 1e-5, 4, True))
-    torch.library.opcheck(norm_cpu._forward, (x, None, None, 1e-5, 12, False))
-    y, scales = (t.detach() for t in norm_cpu._forward(x, z, weight, 1e-5, 4, True))
+    torch.library.opcheck(norm_cpu._forward, (x, z, weight, 1e-5, 4, True, torch.float32))
+    torch.library.opcheck(norm_cpu._forward, (x, None, None, 1e-5, 12, False, torch.bfloat16))
+    y, scales = (t.detach() for t in norm_cpu._forward(x, z, weight, 1e-5, 4, True, torch.float32))
     torch.library.opcheck(norm_cpu._backward, (y, x.detach(), z.detach(), weight.detach(), scales, 4, True))
     torch.library.opcheck(norm_cpu._backward, (y, x.detach(), None, None, scales, 4, True))
 

@@ -193,3 +193,16 @@ def test_errors() -> None:
         gated_norm(torch.zeros(3, 0))
     with pytest.raises(PlaitError, match="backend"):
         gated_norm(tensors["x"], backend="nonsense")
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_dtype_of_its_own(dtype: torch.dtype, backend: str) -> None:
+    """Rounded once, from the float32 numbers; the gradient comes in that dtype and leaves in the inputs' own."""
+    tensors = make(70, 24, dtype=torch.float32)
+    got = run(gated_norm, tensors, group_size=6, dtype=dtype, backend=backend)
+    assert got.outputs[0].dtype == dtype
+    assert torch.equal(got.outputs[0], gated_norm(**tensors, group_size=6, backend=backend).to(dtype))  # type: ignore[arg-type]
+    want = run(gated_norm, to_double(tensors), group_size=6, backend="reference")
+    assert_same_run(got, want, 1e-5 if dtype == torch.float32 else 4e-3)
+    assert {grad.dtype for grad in got.grads.values()} == {torch.float32}

@@ -136,8 +136,8 @@ def test_only_inputs_are_kept() -> None:
 def test_opcheck() -> None:
     x, z, weight = (t.requires_grad_() for t in make(9, 12).values())
     op, back = gpu.NORM.forward, gpu.NORM.backward
-    torch.library.opcheck(op, (x, z, weight, 1e-5, 4, True))
-    torch.library.opcheck(op, (x, None, None, 1e-5, 12, False))
+    torch.library.opcheck(op, (x, z, weight, 1e-5, 4, True, torch.float32))
+    torch.library.opcheck(op, (x, None, None, 1e-5, 12, False, torch.float16))
     x, z, weight = (t.detach() for t in (x, z, weight))
     torch.library.opcheck(back, (x, x, z, weight, 1e-5, 4, True))
     torch.library.opcheck(back, (x, x, None, None, 1e-5, 4, False))
@@ -156,3 +156,15 @@ def test_one_graph() -> None:
 def test_float64_is_refused() -> None:
     with pytest.raises(BackendError, match=r"given torch\.float64"):
         gated_norm(normal(2, 2).double(), backend="gpu")
+
+
+def test_a_dtype_of_its_own() -> None:
+    """One shape in two dtypes: what is kept for the first is not used for the second."""
+    for kind in (torch.float32, torch.float16, torch.float32):
+        got = run(gated_norm, make(9, 12), dtype=kind, backend="gpu")
+        assert got.outputs[0].dtype == kind
+        want = run(
+            gated_norm, {k: t.double() for k, t in make(9, 12).items() if t is not None}, backend="reference"
+        )
+        assert_close(got.outputs[0], want.outputs[0], 1e-6 if kind == torch.float32 else 1e-3)
+        assert_close(got.grads["x"], want.grads["x"], 1e-6 if kind == torch.float32 else 1e-3)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from plait.ops import numba_support, tile_math, tiles
+from plait.ops.add_norm import cpu_kernels as add_kernels
 from plait.ops.causal_conv1d import cpu_kernels as conv_kernels
 from plait.ops.diagonal_ssm import cpu_kernels as diagonal_kernels
 from plait.ops.gated_norm import cpu_kernels as norm_kernels
@@ -30,7 +31,7 @@ from plait.ops.tile_math import (
 )
 from plait.ops.tiles import row_load, tile_load, tile_outer, tile_store, tile_turn
 
-KERNELS = [conv_kernels, diagonal_kernels, norm_kernels, scan_kernels, ssd_kernels, ssd_backward]
+KERNELS = [add_kernels, conv_kernels, diagonal_kernels, norm_kernels, scan_kernels, ssd_kernels, ssd_backward]
 BESIDES = {ssd_backward: [ssd_kernels]}
 
 

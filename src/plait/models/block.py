@@ -13,7 +13,7 @@ from plait.config.schema import LayerConfig
 from plait.config.table import mixer_class
 from plait.mixers.contract import Layout, Mixer, State
 from plait.nn.mlp import MLP
-from plait.nn.norm import make_norm
+from plait.nn.norm import add_and_norm, make_norm, norm_for_products
 from plait.nn.roles import VECTOR_FP32, Role
 
 
@@ -115,16 +115,27 @@ class Block(nn.Module):
         if self.input_mix is not None:
             assert embedded is not None
             x = self.input_mix(x, embedded)
-        x = self._branch(x, mix, self.norm1, self.residual)
-        return x if self.mlp is None else self._branch(x, self.mlp, self.norm2, True)
+        if self.place == "pre":
+            return self._pre_norm(x, mix)
+        y = self._added(x, self.dropout(mix(x)))
+        if self.place == "post":
+            y = self.norm1(y)
+        if self.mlp is not None:
+            y = y + self.dropout(self.mlp(y))
+        return self.norm2(y) if self.place == "post" and self.mlp is not None else y
 
-    def _branch(
-        self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module, residual: bool
-    ) -> Tensor:
-        y = self.dropout(branch(norm(x) if self.place == "pre" else x))
-        if residual:
-            y = x + y
-        return norm(y) if self.place == "post" else y
+    def _pre_norm(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        y = self.dropout(mix(norm_for_products(self.norm1, x)))
+        if self.mlp is None:
+            return self._added(x, y)
+        if self.residual:
+            h, x = add_and_norm(x, y, self.norm2)
+        else:
+            h, x = norm_for_products(self.norm2, y), y
+        return x + self.dropout(self.mlp(h))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.residual else y
 
     def residual_weights(self) -> list[Tensor]:
         """The weights of this block that write into the residual stream."""

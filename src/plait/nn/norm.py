@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from plait.config.schema import NormConfig
 from plait.nn.roles import VECTOR_FP32, Role
+from plait.ops.add_norm import add_norm
+from plait.ops.chunks import autocast_dtype
 from plait.ops.gated_norm import gated_norm
 
 
@@ -22,6 +24,20 @@ def make_norm(config: NormConfig, dim: int) -> nn.Module:
         return RMSNorm(dim, eps=config.eps, weight=config.weight)
     bias = config.weight if config.bias is None else config.bias
     return nn.LayerNorm(dim, eps=config.eps, elementwise_affine=config.weight, bias=bias)
+
+
+def norm_for_products(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) for a branch that begins with matrix products: under autocast in the dtype in which it takes them."""
+    return norm(x, dtype=autocast_dtype(x)) if type(norm) is RMSNorm else norm(x)
+
+
+def add_and_norm(x: Tensor, y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``norm_for_products`` of x + y, and x + y; in one pass over the memory where the norm is an RMS norm."""
+    if type(norm) is RMSNorm and norm.group_size == x.shape[-1]:
+        kind = autocast_dtype(x)
+        return add_norm(x, y, norm.weight, eps=norm.eps, dtype=None if kind == x.dtype else kind)
+    x = x + y
+    return norm_for_products(norm, x), x
 
 
 class RMSNorm(nn.Module):
@@ -53,8 +69,8 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """x, z: (..., E) -> (..., E) in x's dtype; ``z`` None leaves the gate out."""
+    def forward(self, x: Tensor, z: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """x, z: (..., E) -> (..., E) in ``dtype`` (None: x's); ``z`` None leaves the gate out."""
         return gated_norm(
             x,
             z,
@@ -62,4 +78,5 @@ class RMSNorm(nn.Module):
             eps=self.eps,
             group_size=self.group_size,
             norm_before_gate=self.norm_before_gate,
+            dtype=dtype,
         )

@@ -128,6 +128,14 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, has products of x computed; else x's."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _tail(mask: Tensor, like: Tensor) -> Tensor:
     """Give mask as many trailing dimensions of size 1 as `like` has more."""
     return mask.view(*mask.shape, *(1,) * (like.dim() - mask.dim()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plait.ops.chunks import autocast_dtype
 from plait.ops.dispatch import Op, choose
 
 ATTENTION = Op(
@@ -47,7 +48,7 @@ def attention(
     Packed: one row (1, n, ...) whose sequences ``cu_seqlens`` (S+1) bounds. ``scale`` defaults to P ** -0.5.
     """
     _check(q, k, v)
-    run = choose(ATTENTION, backend, q.device, _autocast_dtype(q))
+    run = choose(ATTENTION, backend, q.device, autocast_dtype(q))
     return run(
         q,
         k,
@@ -82,14 +83,6 @@ def cached_attention(
     _check(q, k, v)
     run = choose(CACHED_ATTENTION, backend, q.device)
     return run(q, k, v, positions, total, window=window, scale=scale, max_keys=max_keys)
-
-
-def _autocast_dtype(q: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if it is on, has attention computed."""
-    kind = q.device.type
-    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return q.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

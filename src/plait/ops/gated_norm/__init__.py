@@ -28,13 +28,14 @@ def gated_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """RMS(x * silu(z)) * weight, or RMS(x) * weight * silu(z) if `norm_before_gate` (arXiv 2405.21060, section 7).
 
     x, z (..., E) with E >= 1; weight (E), None for ones; z None: no gate. The root mean square is taken over each
-    `group_size` neighbouring channels (None: all E), in float32 (float64 for float64 x). Returns y in x's shape and
-    dtype. Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run.
+    `group_size` neighbouring channels (None: all E), in float32 (float64 for float64 x). Returns y in x's shape and in
+    ``dtype`` (None: x's). Raises ValueError for shapes that do not fit, BackendError for a backend that cannot run.
     """
     op = "gated_norm"
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -45,5 +46,5 @@ def gated_norm(
     if group_size is not None and (group_size < 1 or channels % group_size):
         raise ValueError(f"{op}: group_size is {group_size}, expected a divisor of the {channels} channels")
     return choose(GATED_NORM, backend, x.device, x.dtype)(
-        x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+        x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate, dtype=dtype
     )

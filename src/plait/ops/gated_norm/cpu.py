@@ -22,10 +22,12 @@ def gated_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x, z (..., E), weight (E) -> y (..., E) in x's dtype, float32 or bfloat16; z None: no gate, weight None: ones."""
+    """x, z (..., E), weight (E) -> y (..., E); x float32 or bfloat16; z None: no gate, weight None: ones."""
     channels = x.shape[-1]
     shape = (x.shape[:-1].numel(), channels)
+    made = (dtype or x.dtype) if (dtype or x.dtype) in _KNOWN else torch.float32
     if z is not None and z.dtype not in _KNOWN:
         z = z.float()
     y, _ = direct(
@@ -37,15 +39,22 @@ def gated_norm(
         eps,
         group_size or channels,
         norm_before_gate,
+        made,
     )
-    return y.view(x.shape)
+    return y.view(x.shape).to(dtype or x.dtype)
 
 
 def _compute(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, size: int, norm_first: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """x, z (R, E), weight (E) -> y (R, E), r (R, E/size)."""
-    y, scales = _outputs(x, size)
+    y, scales = _outputs(x, size, dtype)
     run(
         cpu_kernels.forward,
         _tasks(x),
@@ -68,9 +77,15 @@ _forward = torch.library.custom_op("plait::gated_norm_cpu", _compute, mutates_ar
 
 @_forward.register_fake
 def _(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, size: int, norm_first: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(x, size)
+    return _outputs(x, size, dtype)
 
 
 @torch.library.custom_op("plait::gated_norm_cpu_backward", mutates_args=(), device_types="cpu")
@@ -122,7 +137,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, z, weight, _, ctx.size, ctx.norm_first = inputs
+    x, z, weight, _, ctx.size, ctx.norm_first, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, z, weight, output[1])
@@ -131,9 +146,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, weight, scales = ctx.saved_tensors
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     dx, dz, dweight = _backward(dy, x, z, weight, scales, ctx.size, ctx.norm_first)
-    return dx, None if z is None else dz, None if weight is None else dweight, None, None, None
+    return dx, None if z is None else dz, None if weight is None else dweight, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -143,10 +158,10 @@ def _tasks(x: Tensor) -> int:
     return -(-x.shape[0] // cpu_kernels.ROWS)
 
 
-def _outputs(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for y (R, E) and r (R, E/size)."""
     rows, channels = x.shape
-    return x.new_empty(rows, channels), x.new_empty(rows, channels // size, dtype=torch.float32)
+    return x.new_empty(rows, channels, dtype=dtype), x.new_empty(rows, channels // size, dtype=torch.float32)
 
 
 def _gradients(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

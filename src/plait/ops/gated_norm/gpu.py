@@ -55,18 +55,25 @@ def gated_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x, z (..., E), weight (E) -> y (..., E) in x's dtype; z None leaves the gate out, weight None means ones."""
-    return NORM(x, z, weight, eps, group_size or x.shape[-1], norm_before_gate)
+    """x, z (..., E), weight (E) -> y (..., E) in ``dtype`` (x's); z None leaves the gate out, weight None: ones."""
+    return NORM(x, z, weight, eps, group_size or x.shape[-1], norm_before_gate, dtype or x.dtype)
 
 
 def _forward(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, size: int, norm_first: bool
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    size: int,
+    norm_first: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=dtype)
     if y.numel() == 0:
         return y
-    key = (x.device, x.dtype, None if weight is None else weight.dtype, eps, size, norm_first)
+    key = (x.device, (x.dtype, dtype), None if weight is None else weight.dtype, eps, size, norm_first)
     call = _forward_call(x.shape, (x.stride(), *_stride(z)), None if z is None else z.dtype, *key)
     if call is None:
         x, z = x.contiguous(), None if z is None else z.contiguous()
@@ -76,8 +83,8 @@ def _forward(
     return y
 
 
-def _fake_forward(x, z, weight, eps, size, norm_first):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape)
+def _fake_forward(x, z, weight, eps, size, norm_first, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _backward(
@@ -88,7 +95,7 @@ def _backward(
     if x.numel() == 0:
         dweight.zero_()
         return grads
-    key = (x.device, x.dtype, None if weight is None else weight.dtype, eps, size, norm_first)
+    key = (x.device, (x.dtype, dy.dtype), None if weight is None else weight.dtype, eps, size, norm_first)
     kind = None if z is None else z.dtype
     call = _backward_call(x.shape, (dy.stride(), x.stride(), *_stride(z)), kind, *key)
     if call is None:
@@ -108,15 +115,15 @@ def _fake_backward(dy, x, z, weight, eps, size, norm_first):  # type: ignore[no-
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
+    ctx.options = inputs[3:6]
 
 
 def _gradients(ctx: Any, backward: Any, dy: Tensor | None) -> tuple[Any, ...]:
     x, z, weight = ctx.saved_tensors
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     dx, dz, dweight = backward(dy, x, z, weight, *ctx.options)
-    return dx, None if z is None else dz, None if weight is None else dweight, None, None, None
+    return dx, None if z is None else dz, None if weight is None else dweight, None, None, None, None
 
 
 NORM = KernelOp(
@@ -137,7 +144,7 @@ def _forward_call(
     strides: tuple[tuple[int, ...], ...],
     gate: torch.dtype | None,
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     weight: torch.dtype | None,
     eps: float,
     size: int,
@@ -165,7 +172,7 @@ def _backward_call(
     strides: tuple[tuple[int, ...], ...],
     gate: torch.dtype | None,
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     weight: torch.dtype | None,
     eps: float,
     size: int,

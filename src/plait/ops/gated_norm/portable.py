@@ -27,8 +27,9 @@ def gated_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x, z (..., E), weight (E) -> y (..., E) in x's dtype; z None leaves the gate out, weight None means ones."""
+    """x, z (..., E), weight (E) -> y (..., E) in ``dtype`` (x's); z None leaves the gate out, weight None: ones."""
     shape = (x.shape[:-1].numel(), x.shape[-1] // (group_size or x.shape[-1]), group_size or x.shape[-1])
     with no_autocast(x):
         y = _GatedNorm.apply(
@@ -37,20 +38,27 @@ def gated_norm(
             None if weight is None else weight.view(shape[1:]),
             eps,
             norm_before_gate,
+            dtype or x.dtype,
         )
         return y.view(x.shape)
 
 
 class _GatedNorm(torch.autograd.Function):
-    """x (R, G, E/G), z alike or None, weight (G, E/G) or None, eps, norm_before_gate -> y like x; R rows, G groups."""
+    """x (R, G, E/G), z alike or None, weight (G, E/G) or None, eps, norm_before_gate, dtype -> y; R rows, G groups."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, norm_first: bool
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        norm_first: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         kind = compute_dtype(x)
         w = None if weight is None else weight.to(kind)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty((*x.shape[:2], 1), dtype=kind, device=x.device)
         for rows in _blocks(x):
             u, gate = x[rows].to(kind), None if z is None else functional.silu(z[rows].to(kind))
@@ -93,7 +101,7 @@ class _GatedNorm(torch.autograd.Function):
                     dgate = own * du
                     dx[rows] = du.mul_(gate)
                 dz[rows] = torch.ops.aten.silu_backward(dgate, raw)
-        return dx, dz, None if weight is None else dweight.to(weight.dtype), None, None
+        return dx, dz, None if weight is None else dweight.to(weight.dtype), None, None, None
 
 
 def _inverse_rms(u: Tensor, eps: float) -> Tensor:

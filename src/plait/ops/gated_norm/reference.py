@@ -20,8 +20,9 @@ def gated_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x, z (..., E), weight (E) -> y (..., E) in x's dtype; z None leaves the gate out, weight None means ones."""
+    """x, z (..., E), weight (E) -> y (..., E) in ``dtype`` (x's); z None leaves the gate out, weight None: ones."""
     with torch.autocast(x.device.type, enabled=False):
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         size = group_size or x.shape[-1]
@@ -35,4 +36,4 @@ def gated_norm(
             y = y * weight.to(kind)
         if gate is not None and norm_before_gate:
             y = y * gate
-        return y.to(x.dtype)
+        return y.to(dtype or x.dtype)
