@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from plait.ops.add_norm import add_norm
 from plait.ops.attention import attention
 from plait.ops.causal_conv1d import causal_conv1d
 from plait.ops.cumulative_angle import cumulative_angle
@@ -138,6 +139,22 @@ def test_norm_as_in_training(dtype: torch.dtype) -> None:
 def test_norm_of_other_widths(channels: int) -> None:
     x, z = (normal(50, channels, dtype=torch.bfloat16, seed=i) for i in range(2))
     against_float64(gated_norm, {"x": x, "z": z, "weight": normal(channels, seed=2)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_and_norm_as_in_training(dtype: torch.dtype) -> None:
+    """A stream in float32 under autocast, or all in one dtype; the norm in the dtype of the products."""
+    for channels in (768, 1024, 4096, 5000):
+        x, y = (normal(3000, channels, seed=i) for i in range(2))
+        weight = normal(channels, seed=2)
+        against_float64(add_norm, {"x": x.to(dtype), "y": y.to(dtype), "weight": weight})
+        against_float64(add_norm, {"x": x, "y": y.to(dtype), "weight": weight})
+    normed, total = add_norm(x, y.to(dtype), weight, dtype=dtype, backend="gpu")
+    assert (normed.dtype, total.dtype) == (dtype, torch.float32)
+    assert_close(normed, add_norm(x.double(), y.to(dtype).double(), weight)[0], ROUNDING[dtype])
+    against_float64(gated_norm, {"x": x, "z": None, "weight": weight})
+    narrow = gated_norm(x, None, weight, dtype=dtype, backend="gpu")
+    assert_close(narrow, gated_norm(x.double(), None, weight), ROUNDING[dtype])
 
 
 def test_running_angle() -> None:
