@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from plait.bench import decode, models, train
+from plait.bench import decode, models, peer_models, train
 from plait.bench.models import Size, check, kernels, model_config, split_name
 from plait.bench.ops import Shape, benchmark_ops
 from plait.bench.timing import steady
@@ -48,7 +50,7 @@ def test_a_training_row_has_what_it_promises(name: str) -> None:
         == {
             "mamba": "causal_conv1d_cpu gated_norm_cpu selective_scan_cpu",
             "mamba2": "causal_conv1d_cpu gated_norm_cpu ssd_cpu",
-            "transformer": "aten:scaled_dot_product_flash_attention_for_cpu gated_norm_cpu",
+            "transformer": "add_norm_cpu aten:scaled_dot_product_flash_attention_for_cpu gated_norm_cpu",
         }[split_name(name)[0]]
     )
 
@@ -64,7 +66,9 @@ def test_a_decoding_row_has_what_it_promises(name: str) -> None:
         assert (
             row["times_floor"] == pytest.approx(row["step_ms"] / row["floor_ms"]) and row["times_floor"] > 1
         )
-        assert row["prompt_ms"] > 0 and "gated_norm_cpu" in row["kernels"]
+        assert row["prompt_ms"] > 0 and "gated_norm_cpu" in row["kernels"] and row["times_plait"] == 1
+        own = {"mamba": "selective_state_update_cpu", "mamba2": "ssd_update_cpu", "transformer": ""}
+        assert own[split_name(name)[0]] in row["kernels"] and "norm_linear_cpu" in row["kernels"]
 
 
 def test_the_least_a_step_reads() -> None:
@@ -172,6 +176,69 @@ def test_peers_stand_beside_us_or_say_why_not() -> None:
         CPU, models=["mamba2-tiny"], batches=[1], prompt=5, tokens=3, repeats=1
     ).rows
     assert [row["by"] for row in rows] == ["plait", "transformers"] and rows[1]["step_ms"] > 0
+    assert rows[1]["times_plait"] == rows[1]["step_ms"] / rows[0]["step_ms"]
+
+
+@pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny"])
+def test_a_peer_that_computes_something_else_is_not_timed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    assert peer_models.check_transformers(name) < 1e-5
+    names = tuple(pair for pair in peer_models._THEIR_NAMES if pair[0] != "norm1")
+    monkeypatch.setattr(peer_models, "_THEIR_NAMES", names)
+    with pytest.raises(KeyError):
+        peer_models.check_transformers(name)  # a weight that the peer has not
+    monkeypatch.undo()
+    monkeypatch.setitem(models.SIZES, "tiny", Size(64, 2, 200))
+    made = peer_models._transformers
+
+    def other(*args: Any) -> Any:
+        model = made(*args)
+        model.backbone.layers[1].mixer.out_proj.register_forward_hook(lambda module, given, y: 1.01 * y)
+        return model
+
+    monkeypatch.setattr(peer_models, "_transformers", other)
+    rows = decode.benchmark_decoding(CPU, models=[name], batches=[1], prompt=3, tokens=2, repeats=1).rows
+    assert "the same weights in transformers: relative error" in rows[1]["failed"] and "step_ms" in rows[0]
+
+
+def test_apart_every_row_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run here, for the size of the tests is not known elsewhere."""
+    pytest.importorskip("transformers")
+    ran: list[list[str]] = []
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert words[:3] == [sys.executable, "-m", "plait"]
+        ran.append(words[3:])
+        return subprocess.CompletedProcess(words, main(words[3:]), "", "error: it is broken")
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    rows = train.benchmark_training(
+        CPU, models=["mamba2-tiny"], sizes=[(1, 20), (2, 9)], apart=True, seconds=0.01
+    ).rows
+    assert [(row["by"], row["shape"]) for row in rows] == [
+        ("plait", "B1 L20"), ("transformers", "B1 L20"), ("plait", "B2 L9"), ("transformers", "B2 L9"),
+    ]  # fmt: skip
+    for row, n_tokens in zip(rows, (20, 20, 18, 18), strict=True):
+        assert 0 < row["forward_backward_ms"] < row["step_ms"] and row["peak_gib"] is not None
+        taken = row["forward_backward_ms"] / 1000
+        assert row["forward_backward_tokens_per_second"] == pytest.approx(n_tokens / taken)
+    assert len(ran) == 4
+    monkeypatch.setattr(
+        train.subprocess, "run", lambda words, **options: run([*words[:3], "bench", "nothing"])
+    )
+    (row,) = train.benchmark_training(
+        CPU, models=["mamba2-tiny"], sizes=[(1, 20)], apart=True, peers=False
+    ).rows
+    assert row["failed"] == "error: it is broken"
+
+
+def test_a_loss_that_is_not_the_portable_backends_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "check", lambda *args: 0.0)
+    wrong(monkeypatch, SELECTIVE_SCAN, 1.2)
+    (row,) = train.benchmark_training(CPU, models=["mamba-tiny"], sizes=[(1, 20)], peers=False).rows
+    assert "the first loss: relative error" in row["failed"] and "step_ms" not in row
 
 
 def test_kernels_tells_what_ran() -> None:

@@ -1,6 +1,6 @@
 """BitByte's interface as its document prints it, under the changed import roots; its own numbers; hybrids.
 
-Its trainer, data and commands are in test_bitbyte_training.py.
+Its trainer and data are in test_bitbyte_training.py, its commands in test_bitbyte_commands.py.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_the_verbs_in_their_order(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     before = foundry("validate-config", config)
     assert before.status == 0 and "tokenizer    tok: not there yet" in before.out
-    assert "mamba, 1 layers" in before.out and "2 epochs" in before.out
+    assert "mamba, 1 layer\n" in before.out and "2 epochs" in before.out
     early = foundry("tokenize-dataset", config)
     assert early.status == 1 and "tok" in early.err
 

@@ -19,9 +19,13 @@ from plait.compat.foundry.data_collators import (
     get_data_collator,
 )
 from plait.compat.foundry.logging_utils import close_logging, setup_logging
+from plait.compat.foundry.metadata import checkpoint_metadata
 from plait.compat.foundry.trainer import Trainer
+from plait.config.load import load_config
+from plait.formats.manifest import verify_manifest
 from plait.tokenizers.bytes import BytesTokenizer
 from plait.tokenizers.sentencepiece import SentencePieceTokenizer
+from plait.training.checkpoint import RunState, read_state
 from tests.compat.foundry_models import CLASSES, MAMBA, V, architectures, drawn, experiment, shrunk, tokens
 
 
@@ -153,6 +157,47 @@ def test_every_architecture_trains(architecture: str, tmp_path: Path) -> None:
     ids = tokens(vocab=20)
     with torch.no_grad():
         assert torch.equal(CLASSES[architecture].from_pretrained(result.run)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "gpt2"])
+def test_each_checkpoint_has_foundrys_metadata(architecture: str, tmp_path: Path) -> None:
+    """What Foundry's users read of a checkpoint: the tokens so far, by which they compare architectures."""
+    config = shrunk(tmp_path, architecture, train_steps=5, checkpoint_schedule=[2, 5])
+    result = Trainer(config, tmp_path).train()
+    found = {}
+    for step in (2, 5):
+        folder = result.run / "checkpoints" / f"step-{step:08d}"
+        verify_manifest(folder)
+        found[step] = json.loads((folder / "metadata.json").read_text())
+        assert found[step]["token_metrics"]["total_tokens_processed"] == read_state(folder).tokens
+    late, batch = found[5], load_config(result.run / "config.yaml").training.batch_tokens
+    assert (late["experiment_name"], late["global_step"]) == (config.experiment_name, 5)
+    metrics = late["token_metrics"]
+    assert metrics["tokens_per_step"] == batch and metrics["estimated_tokens_at_step"] == 5 * batch
+    assert (
+        metrics["total_tokens_processed"]
+        == result.tokens
+        > found[2]["token_metrics"]["total_tokens_processed"]
+    )
+    assert metrics["effective_batch_size"] * metrics["sequence_length"] == batch
+    transformer = architecture == "gpt2"
+    assert late["model_config"] == {
+        "architecture": architecture,
+        "layers": 2,
+        "hidden_size": config.model.hidden_size,
+        "attention_heads": config.model.attention_heads if transformer else None,
+    }
+    assert late["training_config"]["learning_rate"] == config.training.learning_rate
+    assert late["training_config"]["batch_size"] == config.batch_size
+    assert found[2]["config_hash"] == late["config_hash"] and len(late["config_hash"]) == 32
+    other = config.replace(random_seed=7)
+    again = checkpoint_metadata(other, Trainer(other, tmp_path).run, RunState(), 10)
+    assert again["config_hash"] != late["config_hash"] and again["epoch"] == 0
+    counts = [
+        checkpoint_metadata(other, Trainer(other, tmp_path).run, RunState(sample=n), 10)
+        for n in (10, 11, 20, 21)
+    ]
+    assert [each["epoch"] for each in counts] == [0, 1, 1, 2]
 
 
 def test_training_is_the_same_for_the_same_seed(tmp_path: Path) -> None:

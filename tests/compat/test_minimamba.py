@@ -1,6 +1,6 @@
 """MiniMamba's interface as its document prints it, under the changed import root: configs, snippets, cache, generation.
 
-Its models' numbers, parts, mixers and weights are in test_minimamba_models.py.
+Its models, their trained weights and parts are in test_minimamba_models.py, _weights.py and _parts.py.
 """
 
 from __future__ import annotations

@@ -1,72 +1,47 @@
-"""MiniMamba's models over Plait's: their numbers, parts by themselves, mixers of one's own, its trained weights."""
+"""MiniMamba's models over Plait's: losses, pads, classifiers, features, and fields that take effect."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import plait
 from plait.compat.minimamba import (
-    S6,
     BaseMambaConfig,
     InferenceParams,
     MambaBlock,
     MambaClassificationConfig,
-    MambaClassificationHead,
-    MambaEmbedding,
     MambaEncoder,
     MambaForCausalLM,
     MambaForFeatureExtraction,
     MambaForSequenceClassification,
     MambaLegacy,
     MambaLMConfig,
-    MambaLMHead,
-    RMSNorm,
 )
-from plait.config.errors import BuildError, CheckpointError, DataError
-from plait.config.table import TABLE
+from plait.config.errors import DataError
 from plait.formats.native import save_model
 from plait.mixers import mamba as mamba_file
-from plait.mixers.contract import Layout
-from plait.mixers.mamba import Mamba
 from plait.ops.dispatch import choose_name
 from plait.ops.selective_scan import SELECTIVE_SCAN, selective_scan
+from tests.compat.minimamba_models import (
+    CASES,
+    FIXTURES,
+    LOGITS,
+    SMALL,
+    V,
+    ids_of,
+    language_model,
+    saved_values,
+)
 from tests.invariants import redraw, rms
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "minimamba"
-CASES: dict[str, Any] = json.loads((FIXTURES / "oracle.json").read_text())["cases"]
-LOGITS, FEATURES, LOSS = 5e-5, 2e-5, 1e-5  # the tolerances of the fixture's README
-SMALL: dict[str, Any] = {"d_model": 24, "n_layer": 3, "d_state": 6}
-V = 51
-language_models = pytest.mark.parametrize("case", ["lm", "lm_untied_bias"])
-
-
-@pytest.fixture(autouse=True)
-def own_table() -> Iterator[None]:
-    before = dict(TABLE)
-    yield
-    TABLE.clear()
-    TABLE.update(before)
-
-
-def language_model(mixer_cls: type[nn.Module] | None = None, **more: Any) -> MambaForCausalLM:
-    model = MambaForCausalLM(MambaLMConfig(**{**SMALL, "vocab_size": V, **more}), mixer_cls=mixer_cls)
-    redraw(model)
-    return model.eval()
-
-
-def ids_of(rows: int, length: int) -> Tensor:
-    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.usefixtures("own_table")
 
 
 # ---- the language model
@@ -151,82 +126,6 @@ def test_the_older_class(tmp_path: Path) -> None:
     assert (model(true["input_ids"]) - true["logits"]).abs().max() <= LOGITS
 
 
-# ---- MiniMamba's trained weights
-
-
-@language_models
-def test_a_trained_language_model(case: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = MambaLMConfig.from_dict(CASES[case]["config"])
-    model = MambaForCausalLM(config)
-    with caplog.at_level(logging.WARNING):
-        model.load_state_dict(load_file(FIXTURES / f"{case}_state_dict.safetensors"))
-    assert "gate without SiLU" in caplog.text
-    true = load_file(FIXTURES / f"{case}.safetensors")
-    out = model(true["input_ids"], labels=true["labels"])
-    assert (out["logits"] - true["logits"]).abs().max() <= LOGITS
-    assert (out["loss"] - true["loss"]).abs() <= LOSS
-    assert (model(true["input_ids_long"]) - true["logits_long"]).abs().max() <= LOGITS
-    params = InferenceParams(max_batch_size=2)
-    ids = true["input_ids"]
-    parts = [model(ids[:, a:b], params) for a, b in ((0, 7), (7, 8), (8, ids.shape[1]))]
-    assert (torch.cat(parts, 1) - true["logits"]).abs().max() <= LOGITS
-    assert model.generate(ids, max_new_tokens=20, temperature=3.0).max() < V  # never the padded ids
-    # it is saved under Plait's names and goes on as what it is
-    again = MambaForCausalLM.from_original(load_file(FIXTURES / f"{case}_state_dict.safetensors"), config)
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(ids), model(ids)) and not again.training
-
-
-def test_trained_weights_keep_device_dtype_and_checkpointing() -> None:
-    given = {**CASES["lm"]["config"], "dtype": "bfloat16"}
-    model = MambaForCausalLM(MambaLMConfig.from_dict(given))
-    model.gradient_checkpointing_enable()
-    model.load_state_dict(load_file(FIXTURES / "lm_state_dict.safetensors"))
-    kept = {n for n, p in model.model.named_parameters() if p.dtype == torch.float32}
-    assert "blocks.0.mixer.A_log" in kept and "blocks.0.mixer.in_proj.weight" not in kept
-    assert model.training
-    counts = [saved_values(m) for m in (model, MambaForCausalLM(MambaLMConfig.from_dict(given)))]
-    assert counts[0] < 0.5 * counts[1]
-
-
-def test_a_trained_classifier_and_features(tmp_path: Path) -> None:
-    true = load_file(FIXTURES / "classification.safetensors")
-    tensors = load_file(FIXTURES / "classification_state_dict.safetensors")
-    for pooling in ("last", "mean", "max"):
-        config = MambaClassificationConfig.from_dict(
-            {**CASES["classification"]["config"], "pooling_strategy": pooling}
-        )
-        model = MambaForSequenceClassification.from_original(tensors, config)
-        assert (model(true["input_ids"]) - true[f"logits_{pooling}"]).abs().max() <= LOGITS
-        masked = model(true["input_ids"], attention_mask=true["attention_mask"])
-        assert (masked - true[f"logits_{pooling}_masked"]).abs().max() <= LOGITS
-    true = load_file(FIXTURES / "features.safetensors")
-    save_file(load_file(FIXTURES / "features_state_dict.safetensors"), tmp_path / "model.safetensors")
-    MambaLMConfig.from_dict(CASES["features"]["config"]).save_to_json(tmp_path / "config.json")
-
-    class Features(MambaForFeatureExtraction):
-        config_class = MambaLMConfig
-
-    for path in (tmp_path, tmp_path / "model.safetensors"):  # the configuration lies beside the weights
-        features = Features.from_original(path)
-        assert (features(true["input_ids"]) - true["features_from_ids"]).abs().max() <= FEATURES
-        found = features(true["input_embeddings"])
-        assert (found - true["features_from_embeddings"]).abs().max() <= FEATURES
-
-
-def test_weights_that_do_not_fit_are_refused() -> None:
-    lm = load_file(FIXTURES / "lm_state_dict.safetensors")
-    config = MambaLMConfig.from_dict(CASES["lm"]["config"])
-    with pytest.raises(CheckpointError, match="a model for lm, which MambaForFeatureExtraction is not"):
-        MambaForFeatureExtraction(config).load_state_dict(lm)
-    with pytest.raises(CheckpointError, match=r"mixer\.D is missing"):
-        MambaForCausalLM(config).load_state_dict({n: t for n, t in lm.items() if not n.endswith("0.mixer.D")})
-    with pytest.raises(CheckpointError, match="without a mixer_cls"):
-        MambaForCausalLM(config, mixer_cls=Shift).load_state_dict(lm)
-    with pytest.raises(CheckpointError, match="its configuration are needed"):
-        MambaForCausalLM.from_original(lm)
-
-
 # ---- classifier and features
 
 
@@ -275,172 +174,7 @@ def test_features_of_ids_and_of_vectors() -> None:
     assert rms(model(ids, attention_mask=mask)[1, :2], model(ids)[1, :2]) < 1e-5
 
 
-# ---- parts
-
-
-def test_a_model_is_made_of_its_parts() -> None:
-    model, ids = language_model(), ids_of(2, 7)
-    hidden = model.backbone(model.embedding(ids))
-    assert rms(model.lm_head(hidden)[..., :V], model(ids)) < 1e-6
-    x = model.embedding(ids)
-    for layer in model.backbone.layers:
-        y = layer(x)
-        assert isinstance(layer.mixer, S6) and rms(x + layer.mixer(layer.norm(x)), y) < 1e-6
-        x = y
-    assert rms(model.backbone.norm(x), hidden) < 1e-6
-    seen: list[int] = []
-    model.backbone.layers[1].mixer.register_forward_hook(lambda *_: seen.append(1))
-    model(ids)
-    assert seen == [1]  # the layer's own mixer, not a copy
-    model.backbone.layers[0].mixer.A_log.data.add_(1)
-    assert rms(model(ids), model.lm_head(hidden)[..., :V]) > 1e-2
-
-
-def test_parts_by_themselves() -> None:
-    config, x = BaseMambaConfig(**SMALL, dt_rank=4, bias=True), torch.randn(2, 9, 24)
-    s6 = S6(config)
-    assert (s6.d_inner, s6.dt_rank, s6.config) == (48, 4, config) and isinstance(s6, Mamba)
-    assert torch.equal(s6(x), Mamba.forward(s6, x, Layout.dense(2, 9))[0])
-    block = MambaBlock(config)
-    torch.testing.assert_close(block(x), x + block.mixer(block.norm(x)))
-    for layer in (s6, block):
-        with pytest.raises(BuildError, match="a layer by itself keeps no state"):
-            layer(x, InferenceParams())
-    norm = RMSNorm(24, eps=0.1)
-    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt())
-    encoder = MambaEncoder(config)
-    assert [type(layer).__name__ for layer in encoder.layers] == ["MambaBlock"] * 3
-    params = InferenceParams(max_batch_size=2)
-    parts = [encoder(x[:, :5], params), encoder(x[:, 5:], params)]
-    assert rms(torch.cat(parts, 1), encoder(x)) < 1e-5
-    assert encoder.get_cache_info(params)["seqlen_offset"] == 9
-    encoder.reset_cache(params)
-    assert encoder.get_cache_info(params)["cached_layers"] == 0
-    with pytest.raises(DataError, match="MambaEncoder takes vectors"):
-        encoder(ids_of(2, 3))
-    assert isinstance(MambaBlock(BaseMambaConfig(**SMALL, rms_norm=False)).norm, nn.LayerNorm)
-
-
-def test_heads_by_themselves() -> None:
-    embedding = MambaEmbedding(V, 24, pad_token_id=3)
-    assert (embedding.vocab_size, embedding.d_model, embedding.pad_token_id) == (V, 24, 3)
-    assert embedding(torch.tensor([[3]])).abs().sum() == 0
-    assert 0.015 < embedding.token_embedding.weight.std() < 0.025
-    h = torch.randn(3, 5, 24)
-    tied = MambaLMHead(24, V, bias=True, embedding_layer=embedding.token_embedding)
-    assert tied.tie_weights and torch.equal(tied(h), h @ embedding.token_embedding.weight.T)
-    untied = MambaLMHead(24, V, tie_weights=False, embedding_layer=embedding.token_embedding)
-    assert not untied.tie_weights and not torch.equal(untied(h), tied(h))
-    head = MambaClassificationHead(24, 4, pooling_strategy="mean", dropout=0.0)
-    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    want = torch.stack([h[0, :2].mean(0), h[1, 1:].mean(0), h[2].mean(0)]) @ head.classifier.weight.T
-    torch.testing.assert_close(head(h, mask), want)
-    assert 0.01 < head.classifier.weight.std() < 0.03 and head.classifier.bias.abs().sum() == 0
-
-
-# ---- mixers of one's own
-
-
-class Shift(nn.Module):
-    """A map of the token before; MiniMamba gives mixers ``inference_params``, which may be left out."""
-
-    def __init__(self, config: BaseMambaConfig) -> None:
-        super().__init__()
-        self.map = nn.Linear(config.d_model, config.d_model)
-
-    def forward(self, x: Tensor, inference_params: object) -> Tensor:
-        assert inference_params is None
-        return self.map(F.pad(x, (0, 0, 1, 0))[:, :-1])
-
-
-class Slow(S6):
-    """S6 with other initial rates: its forward is S6's, so it keeps its states."""
-
-    def __init__(self, config: BaseMambaConfig) -> None:
-        super().__init__(config)
-        with torch.no_grad():
-            self.A_log.sub_(2.0)
-
-
-class Doubled(S6):
-    """S6 with another forward."""
-
-    def forward(self, x: Tensor, inference_params: Any = None) -> Tensor:
-        return 2 * super().forward(x, inference_params)
-
-
-@pytest.mark.parametrize("mixer_cls", [Shift, Slow, Doubled, S6, None])
-def test_a_pluggable_mixer_trains_and_generates(mixer_cls: type[nn.Module] | None) -> None:
-    model, ids = language_model(mixer_cls), ids_of(2, 8)
-    kept = mixer_cls in (Slow, S6, None)
-    assert model.model.stateful == kept
-    layers = model.backbone.layers
-    assert all(type(layer.mixer) is (mixer_cls or S6) for layer in layers)
-    if mixer_cls in (Shift, Slow, Doubled):
-        assert [layer.mixer.layer_idx for layer in layers] == [0, 1, 2]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
-        loss = model(ids, labels=ids)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it recomputes is said once a process
-        found = model.generate(ids, max_new_tokens=6, do_sample=False)
-    want = ids
-    for _ in range(6):
-        want = torch.cat([want, model(want)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, want)
-    params = InferenceParams(max_batch_size=2)
-    if kept:
-        parts = [model(ids[:, :3], params), model(ids[:, 3:], params)]
-        assert rms(torch.cat(parts, 1), model(ids)) < 1e-5
-    else:
-        with pytest.raises(BuildError, match=r"layer 0 \(minimamba_.*\) is not stateful"):
-            model(ids, params)
-
-
-def test_a_mixer_takes_part_as_it_says() -> None:
-    config, x = BaseMambaConfig(**SMALL), torch.randn(2, 5, 24)
-    torch.manual_seed(0)
-    block = MambaBlock(config, mixer_cls=Doubled)
-    y = Mamba.forward(block.mixer, block.norm(x), Layout.dense(2, 5))[0]
-    torch.testing.assert_close(block(x), x + 2 * y)
-    slow = MambaForCausalLM(MambaLMConfig(**SMALL, vocab_size=V), mixer_cls=Slow)
-    rates = slow.backbone.layers[2].mixer.A_log.exp() * torch.e**2
-    torch.testing.assert_close(rates, torch.arange(1.0, 7.0).expand(48, 6))
-    encoder = MambaEncoder(config, mixer_cls=Shift)
-    assert isinstance(encoder.layers[0].mixer, Shift)
-
-
-def test_what_cannot_be_a_mixer_is_refused() -> None:
-    config = MambaLMConfig(**SMALL, vocab_size=V)
-    with pytest.raises(BuildError, match=r"must be a subclass of torch.nn.Module"):
-        MambaForCausalLM(config, mixer_cls=lambda config: nn.Identity())  # type: ignore[arg-type]
-    model = MambaForCausalLM(config)
-    for name in ("backbone", "lm_head", "embedding"):
-        with pytest.raises(BuildError, match=rf"{name} cannot be replaced: .*mixer_cls="):
-            setattr(model, name, nn.Identity())
-
-
 # ---- fields that take effect
-
-
-def saved_values(model: MambaForCausalLM) -> int:
-    """Numbers that a forward keeps for backward."""
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(ids_of(2, 64), labels=ids_of(2, 64))
-    return total
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -6,7 +6,7 @@ import pytest
 
 from plait.config.load import load_config
 from plait.config.model import ModelConfig
-from plait.config.recipes import preset_names, read_preset, recipe_names
+from plait.config.recipes import preset_names, read_preset, read_recipe, recipe_names
 from plait.config.schema import Config
 
 NAMES = ["bert", "gpt2", "gru", "hybrid", "lstm", "mamba", "mamba2", "mamba3", "nanochat", "nanochat2026"]
@@ -55,6 +55,26 @@ def test_what_the_presets_are() -> None:
     for name in ("lstm", "gru", "rnn"):
         layer = ModelConfig(preset=name).layers()[0]
         assert (layer.kind, layer.block.residual.kind, layer.block.mlp.kind) == (name, "none", "none")
+
+
+def test_of_equal_names_a_recipe_trains_the_preset() -> None:
+    """``plait train NAME`` and ``--model.preset=NAME`` are never models of different kinds."""
+    both = sorted(set(recipe_names()) & set(preset_names()))
+    assert both == ["bitbyte", "bitbyte-mamba", "nanochat", "nanochat2026"]
+    for name in both:
+        given, trained, preset = read_recipe(name), load_config(name), ModelConfig(preset=name)
+        assert given["model"]["preset"] == name == trained.experiment_name
+        for part in ("norm", "final_norm", "mlp", "embedding", "head", "init", "linear", "causal"):
+            assert getattr(trained.model, part) == getattr(preset, part), (name, part)
+        assert {layer.kind for layer in trained.model.layers()} == {layer.kind for layer in preset.layers()}
+
+
+def test_a_recipe_may_stand_on_another() -> None:
+    ours, theirs = load_config("bitbyte"), load_config("bitbyte-mamba")
+    assert (ours.tokenizer, ours.data, ours.training) == (theirs.tokenizer, theirs.data, theirs.training)
+    assert theirs.training.precision == "fp16" and len(theirs.training.sequence_length_schedule) == 2
+    assert {layer.kind for layer in ours.model.layers()} == {"attention"}
+    assert {layer.kind for layer in theirs.model.layers()} == {"mamba"}
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -53,7 +53,7 @@ def test_paths_may_be_path_objects() -> None:
         (
             TrainingConfig,
             {"precision": "FP32"},
-            "precision: expected one of fp32, bf16, fp16; got 'FP32' (did you mean",
+            "precision: expected one of auto, fp32, bf16, fp16; got 'FP32' (did you mean",
         ),
         (TrainingConfig, {"sample_prompts": "x"}, "sample_prompts: expected a list of strings; got 'x'"),
         (DataConfig, {"train": 3}, "train: expected a string or a list of strings or null; got 3"),

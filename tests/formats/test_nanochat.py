@@ -243,7 +243,10 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "no tensor": (r"lm_head\.weight is no tensor", lambda t, c: (t | {"lm_head.weight": 3}, c)),
     "unknown key": (r"'n_heads' is not known.*'n_head'", lambda t, c: (t, c | {"n_heads": 4})),
     "no number": (r"'n_layer' is 'four', not a positive integer", lambda t, c: (t, c | {"n_layer": "four"})),
-    "windows": (r"window_pattern is 'SXL'", lambda t, c: (t, c | {"window_pattern": "SXL"})),
+    "windows": (
+        r"window_pattern: it must be letters S and L; got 'SXL'",
+        lambda t, c: (t, c | {"window_pattern": "SXL"}),
+    ),
     "july's tensors": (r"resid_lambdas is missing", lambda t, c: (t, c | {"window_pattern": "L"})),
     "pattern": (
         r"block_pattern.*Unknown block type",

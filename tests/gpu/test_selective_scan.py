@@ -31,8 +31,9 @@ Tensors = dict[str, Tensor | None]
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that what a kernel does not write is seen."""
-    new_empty = Tensor.new_empty
+    new_empty, empty = Tensor.new_empty, torch.empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     yield
 
 

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 Tensors = dict[str, Tensor]
 LENGTHS = (5, 0, 1, 130, 64, 300, 0, 65)
-# Relative errors of mamba_ssm 2.3.2 in bfloat16 on such inputs (H200). Ours may be 1.1 times those of y. The case of
-# the gradients is 512 tokens of very slow decays: two chunks there, with one state of 16 bits between; eight here.
+# Relative errors of mamba_ssm 2.3.2 in bfloat16 on such inputs (H200). Ours may be 1.1 times those. The case of the
+# gradients is 512 tokens of very slow decays: two chunks there, with one state of 16 bits between; eight here.
 Y = {"ordinary": 1.863e-3, "two groups": 1.894e-3, "slow": 2.638e-3}
 GRADIENTS = {"x": 2.40e-3, "dt": 2.40e-3, "B": 2.43e-3, "C": 2.45e-3, "dt_bias": 1.88e-3}
 
@@ -125,8 +125,9 @@ def test_gradients_are_as_exact_as_the_peers() -> None:
     tensors = inputs(1, 512, slow=50.0)
     got, want = run(tensors), run(tensors, "reference")
     for name, peer in GRADIENTS.items():
-        assert rms_error(got[name], want[name]) <= 1.2 * peer, name
-    assert rms_error(got["A"], want["A"]) <= 5e-3
+        assert rms_error(got[name], want[name]) <= 1.1 * peer, name
+    # A sum over all tokens that nearly cancels: its error differs threefold between draws, ours and the peer's alike.
+    assert rms_error(got["A"], want["A"]) <= 2.5e-3
     assert rms_error(got["D"], want["D"]) <= 1e-4
 
 
@@ -161,10 +162,10 @@ def test_other_configurations(row: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     size, largest, _, config = gpu_engine.CONFIGS[row]
     monkeypatch.setattr(gpu_engine, "choose_config", lambda *_: config)
-    gpu_engine._plans.clear()
+    gpu_engine.plans.clear()
     dtype = torch.bfloat16 if size == 2 else torch.float32
     check(inputs(1, 200, 8, state=largest, dtype=dtype), 1e-2 if size == 2 else 1e-5)
-    gpu_engine._plans.clear()
+    gpu_engine.plans.clear()
 
 
 @pytest.mark.parametrize("length", [65_536, (1 << 31) // (64 * 64) + 1000])

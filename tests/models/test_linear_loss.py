@@ -72,6 +72,30 @@ def test_autocast_narrows_the_products_alone(kind: torch.dtype) -> None:
         assert rms(ours, true) < 1e-2
 
 
+def test_a_second_backward_gives_the_same_and_leaves_the_first_alone() -> None:
+    """The gradients are scaled in place: those of the first backward belong to who asked for them."""
+    (x, w, b), targets = draw()
+    loss, _ = linear_cross_entropy(x, w, b, targets, chunk=8)
+    first = torch.autograd.grad(loss * 0.7, [x, w, b], retain_graph=True)
+    kept = [t.clone() for t in first]
+    second = torch.autograd.grad(loss * 0.35, [x, w, b])
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert all(rms(2 * a, b) < 1e-12 for a, b in zip(second, kept, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, x)
+
+
+def test_a_tied_embedding_adds_to_the_heads_gradient_in_place(small_budget: int) -> None:
+    """What the loss has made is the gradient at last, without a copy of its size."""
+    built, ids = model(), torch.randint(1000, (8, 64))
+    out = built(ids, labels=ids)
+    made: Any = out.loss_sum.grad_fn
+    place = made.made[1].data_ptr()
+    out.loss.backward()
+    grad = built.embedding.tokens.weight.grad
+    assert grad is not None and grad.data_ptr() == place
+
+
 def test_a_frozen_weight_gets_no_gradient_and_evaluation_computes_none() -> None:
     (x, w, b), targets = draw()
     loss, _ = linear_cross_entropy(x, w.detach(), b.detach(), targets, chunk=8)

@@ -39,7 +39,7 @@ def test_equals_the_reference(data: st.DataObject) -> None:
     groups = data.draw(st.sampled_from([None, 1, 2, 3]), "groups")
     seed = data.draw(st.integers(0, 99), "seed")
     packed = data.draw(st.booleans(), "packed")
-    length = data.draw(st.sampled_from([1, 2, 63, 64, 65, 129, 200]), "length")
+    length = data.draw(st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 200, 257]), "length")
     count = data.draw(st.integers(1, 7), "sequences")
     options: dict[str, Any] = {"dt_softplus": data.draw(st.booleans(), "softplus")}
     if packed:

@@ -50,6 +50,14 @@ def check(tensors: Tensors, order: str = "channels", tolerance: float = 1e-5, **
     assert_same_run(on_gpu(tensors, order, **options), want, tolerance)
 
 
+@pytest.fixture(autouse=True)
+def new_plans() -> Iterator[None]:
+    """Plans are kept for calls alike, but these tests change what plans are made from."""
+    gpu.plans.clear()
+    yield
+    gpu.plans.clear()
+
+
 @pytest.fixture
 def segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences are cut into as many segments as they have tiles; without this these lengths stay whole."""
@@ -239,10 +247,10 @@ def test_torch_sees_proper_ops(packed: bool, monkeypatch: pytest.MonkeyPatch) ->
     args = (*leaves, bounds, True, 9)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(gpu.SCAN.forward, (*args, True), test_utils=checks)
-    y, final, *kept = gpu.SCAN.forward(*args, True)
-    assert kept[1].shape[0] > 1
+    y, final, kept = gpu.SCAN.forward(*args, True)
+    assert kept.numel() > 0
     plain = [t.detach() for t in leaves]
-    given = (torch.ones_like(y), torch.ones_like(final), *plain, bounds, True, 9, *kept)
+    given = (torch.ones_like(y), torch.ones_like(final), *plain, bounds, True, 9, kept)
     torch.library.opcheck(gpu.SCAN.backward, given, test_utils=checks)
     if not packed:
         one = [

@@ -10,15 +10,19 @@ import numba
 import numpy as np
 import pytest
 
-from plait.ops import numba_support, tile_math, tiles
+from plait.ops import numba_support, numba_team, tile_math, tiles
 from plait.ops.add_norm import cpu_kernels as add_kernels
 from plait.ops.causal_conv1d import cpu_kernels as conv_kernels
+from plait.ops.causal_conv1d_update import cpu_kernels as conv_update
 from plait.ops.diagonal_ssm import cpu_kernels as diagonal_kernels
 from plait.ops.gated_norm import cpu_kernels as norm_kernels
+from plait.ops.norm_linear import cpu_kernels as linear_kernels
 from plait.ops.numba_support import exp2, first, load, sigmoid, store
 from plait.ops.selective_scan import cpu_kernels as scan_kernels
+from plait.ops.selective_state_update import cpu_kernels as selective_update
 from plait.ops.ssd import cpu_backward as ssd_backward
 from plait.ops.ssd import cpu_kernels as ssd_kernels
+from plait.ops.ssd_update import cpu_kernels as ssd_update
 from plait.ops.tile_math import (
     row_read,
     row_write,
@@ -32,10 +36,17 @@ from plait.ops.tile_math import (
 from plait.ops.tiles import row_load, tile_load, tile_outer, tile_store, tile_turn
 
 KERNELS = [add_kernels, conv_kernels, diagonal_kernels, norm_kernels, scan_kernels, ssd_kernels, ssd_backward]
-BESIDES = {ssd_backward: [ssd_kernels]}
+BESIDES = {
+    ssd_backward: [ssd_kernels],
+    linear_kernels: [numba_team],
+    conv_update: [numba_team, linear_kernels],
+    selective_update: [numba_team, linear_kernels, conv_update, scan_kernels],
+    ssd_update: [numba_team, linear_kernels, conv_update],
+}
+DECODING = [linear_kernels, conv_update, selective_update, ssd_update]
 
 
-@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: ".".join(k.__name__.split(".")[-2:]))
+@pytest.mark.parametrize("kernels", [*KERNELS, *DECODING], ids=lambda k: ".".join(k.__name__.split(".")[-2:]))
 def test_kernels_are_compiled_again_when_what_is_under_them_changes(kernels: ModuleType) -> None:
     """Numba's cache looks at the file of a kernel alone, so that file names what it was written for."""
     files = (numba_support, tiles, tile_math, *BESIDES.get(kernels, []))

@@ -15,7 +15,9 @@ from plait.config.table import kinds
 from plait.models.model import Model
 from plait.training import train
 from plait.training.distributed import World, choose_device, session, spread
+from plait.training.metrics import read_metrics
 from tests.training import runs
+from tests.training.test_core import bundle
 
 # No dropout: each process has random numbers of its own. Five rows in pieces of one: three pieces on one process,
 # two and an empty one on the other. An embedding that is tied, and a scalar-free model, for FSDP.
@@ -37,6 +39,12 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "shard_muon": ("one_muon", MUON),
 }
 
+
+def core(folder: Path) -> dict[str, Any]:
+    """One question a task, so that the second process has none and calls the model less often than the first."""
+    return {"core_tasks": str(folder / "tasks"), "core_every": 3, "core_max_per_task": 1}
+
+
 # One start for everything: importing torch twice is most of the time.
 CHILD = """
 import os, sys
@@ -46,12 +54,13 @@ torch.set_num_threads(1)
 from plait.config.errors import CheckpointError
 from plait.training import train
 from tests.training import runs
-from tests.training.test_distributed import COMMON, KINDS
+from tests.training.test_distributed import COMMON, KINDS, core
 
 folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
 for name, options in KINDS.items():
     os.environ["MASTER_PORT"] = next(ports)
-    config = runs.load_config(runs.values(folder / name, **COMMON, **options, checkpoint_every=3, eval_every=3))
+    often = {"checkpoint_every": 3, "eval_every": 3, **core(folder)}
+    config = runs.load_config(runs.values(folder / name, **COMMON, **options, **often))
     result = train(config, quiet=True)
     assert torch.distributed.is_initialized() is False
     if name == "shard":
@@ -82,8 +91,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("one", "one_muon", "full", *KINDS):
         runs.corpus(folder / name)
-    runs.run(folder / "one", **COMMON, checkpoint_every=3, eval_every=3)
-    runs.run(folder / "one_muon", **COMMON, **MUON, checkpoint_every=3, eval_every=3)
+    bundle(folder)
+    runs.run(folder / "one", **COMMON, checkpoint_every=3, eval_every=3, **core(folder))
+    runs.run(folder / "one_muon", **COMMON, **MUON, checkpoint_every=3, eval_every=3, **core(folder))
     ports = [str(runs.free_port()) for _ in range(len(KINDS) + 2)]
     processes = [
         runs.spawn(
@@ -114,6 +124,16 @@ def test_two_processes_have_the_losses_of_one(folder: Path, name: str) -> None:
     assert list(evaluations[0]) == [3, 6]
     for step, bits in evaluations[0].items():
         assert evaluations[1][step] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_processes_have_the_core_of_one(folder: Path, name: str) -> None:
+    one, two = (
+        [line for line in read_metrics(folder / which / "run") if line["kind"] == "core"]
+        for which in (ALONE[name][0], name)
+    )
+    assert [line["step"] for line in one] == [3, 6] and one == two
+    assert {task["items"] for task in one[0]["tasks"].values()} == {1}
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -77,6 +77,7 @@ RECIPES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         packed,
         [
             *("--model.d_model=32", "--model.pattern=M T", "--model.mlp.width=64", "--training.steps=4"),
+            "--model.attention.n_head=2",
             "--training.sequence_length_schedule=[{length: 8, until: 0.3}, {length: 16, until: 0.6}]",
         ],
     ),

@@ -20,7 +20,7 @@ from plait.training.dry_run import dry_run, matmul_rate, size
 from plait.training.metrics import Metrics, read_metrics
 from plait.training.optimizers import Optimizer
 from plait.training.plot import plot_run, smoothed
-from plait.training.precision import GROW_AFTER, LossScaler
+from plait.training.precision import GROW_AFTER, LossScaler, autocast, product_dtype
 from plait.training.progress import Clock, Progress, Status, duration
 
 
@@ -178,3 +178,31 @@ def test_the_clock_counts_tokens_between_pauses(monkeypatch: pytest.MonkeyPatch)
     now += 2.0
     assert [*rates, clock.rate(1000)] == [500.0] * 4
     assert clock.elapsed == 68.0
+
+
+@pytest.mark.parametrize(
+    ("device", "computes", "dtype"),
+    [
+        ("cpu", True, torch.float32),
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float32),
+        ("mps", True, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_a_gpu_computes_in_it(
+    device: str, computes: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return computes or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert product_dtype("auto", torch.device(device)) == dtype
+    assert product_dtype("fp16", torch.device(device)) == torch.float16
+    assert not LossScaler("auto").active
+
+
+def test_auto_on_a_cpu_is_no_autocast() -> None:
+    with autocast("auto", torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+    with autocast("bf16", torch.device("cpu")):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")

@@ -1,8 +1,9 @@
 """Decoding of whole models: milliseconds a token after a prompt, and what reading weights and states takes at least.
 
 What is timed is generation's own loop, greedy, without looking at the tokens: feed, sample, feed. Each model passed a
-check first: prefill and steps of two of its layers against the float64 reference over the whole text. What
-fails is a row that says why, with no time.
+check first: prefill and steps of two of its layers against the float64 reference over the whole text; a Mamba of
+transformers, that it computes the same from the same weights. Peers take turns with ours, so that what disturbs the
+machine disturbs them alike. What fails is a row that says why, with no time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from plait.inference.sampling import Sampling, sample
 from plait.models.model import Model
 from plait.nn.roles import cast_parameters
 from plait.ops.dispatch import use_backend
+from plait.ops.norm_linear import norm_linear
 
 DEFAULTS = {
     "cpu": (("mamba-70m", "mamba2-70m", "transformer-70m"), (1,), 128, 32),
@@ -71,7 +73,7 @@ def benchmark_decoding(
     own_models, own_batches, own_prompt, own_tokens = DEFAULTS[device.type]
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     result = Result("decode", str(device))
-    rate = copy_rate(device)
+    rate = memory_rate(device)
     names = list(models or own_models)
     for name in names:
         split_name(name)  # a mistake is told before anything is measured
@@ -113,11 +115,15 @@ def check_steps(name: str, device: torch.device, dtype: torch.dtype, graphs: boo
     return error
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy larger than the caches reads and writes."""
-    source = torch.randn((1 << 28) if device.type == "cuda" else (1 << 25), device=device)
+def memory_rate(device: torch.device) -> float:
+    """Bytes a second of memory larger than the caches: of a copy, or where that is more of reading a matrix once."""
+    # a processor's last cache may hold hundreds of megabytes
+    source = torch.randn((1 << 28) if device.type == "cuda" else (1 << 27), device=device)
     target = torch.empty_like(source)
-    return 1000 * 2 * source.numel() * 4 / measure(lambda: target.copy_(source), device, seconds=0.5).median
+    n_bytes = source.numel() * source.element_size()
+    copied = 2 * n_bytes / measure(lambda: target.copy_(source), device, seconds=0.5).median
+    x, matrix = source[:1024][None], source.view(-1, 1024)
+    return 1000 * max(copied, n_bytes / measure(lambda: norm_linear(x, matrix), device, seconds=0.5).median)
 
 
 def _stepwise(model: Model, ids: Tensor, graphs: bool) -> Tensor:
@@ -137,75 +143,80 @@ def _rows(
     vocabulary = split_name(name)[1].vocabulary
     prompt = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     what = {"model": name, "shape": f"B{batch} after {length}", "dtype": str(dtype).removeprefix("torch.")}
-    try:
-        own, n_bytes = _own_row(name, prompt, count, dtype, graphs, repeats)
-    except Exception as fault:  # as above
-        yield {**what, "by": "plait", "failed": failure(fault)}
-        return
-    floor = n_bytes / rate
+    makers: dict[str, Callable[[], _Entrant]] = {
+        "plait": lambda: _own(name, prompt, count, dtype, graphs),
+        **{
+            label: partial(_peer, make, count, device)
+            for label, make in (decoding_peers(name, prompt, dtype) if peers else {}).items()
+        },
+    }
+    entrants: dict[str, _Entrant] = {}
+    failed: dict[str, str] = {}
+    for label, make in makers.items():
+        try:
+            entrants[label] = make()
+        except (
+            Exception
+        ) as fault:  # ours is reported as a failure; another package's mistakes are no reason to stop
+            failed[label] = failure(fault)
+        if "plait" in failed:
+            break
+    taken: dict[str, list[tuple[float, float]]] = {label: [] for label in entrants}
+    for _ in range(repeats):
+        for label, entrant in entrants.items():
+            taken[label].append(entrant.once())
+    middle = {
+        label: [sorted(seconds)[len(times) // 2] for seconds in zip(*times, strict=True)]
+        for label, times in taken.items()
+    }
+    for label in makers:
+        if label in failed:
+            yield {**what, "by": label, "failed": failed[label]}
+        elif label in entrants:
+            (first, step), entrant = middle[label], entrants[label]
+            own, floor = middle["plait"][1], entrants["plait"].n_bytes / rate
+            yield {
+                **what, "by": label, "parameters": entrant.parameters, **ran_by(entrant.ran),
+                "peak_gib": None if entrant.peak is None else entrant.peak / 2**30,
+                "prompt_ms": 1000 * first, "step_ms": 1000 * step, "tokens_per_second": batch / step,
+                "times_plait": step / own, "floor_ms": 1000 * floor, "times_floor": step / floor,
+            }  # fmt: skip
 
-    def row(label: str, measured: dict[str, Any]) -> dict[str, Any]:
-        if "step_s" not in measured:
-            return {**what, "by": label, **measured}
-        step = measured.pop("step_s")
-        times = {"step_ms": 1000 * step, "tokens_per_second": batch / step}
-        return {
-            **what, "by": label, **measured, **times, "floor_ms": 1000 * floor, "times_floor": step / floor
-        }  # fmt: skip
 
-    yield row("plait", own)
-    for label, make in (decoding_peers(name, prompt, dtype) if peers else {}).items():
-        yield row(label, _peer_row(make, count, device, repeats))
+class _Entrant(NamedTuple):
+    """A model that is ready to be timed."""
+
+    once: Callable[
+        [], tuple[float, float]
+    ]  # seconds of the prompts with a first token, and of each token after it
+    parameters: int
+    peak: int | None  # bytes, at first
+    ran: str
+    n_bytes: int = 0  # that a step reads and writes at least
 
 
-def _own_row(
-    name: str, prompt: Tensor, count: int, dtype: torch.dtype, graphs: bool, repeats: int
-) -> tuple[dict[str, Any], int]:
-    """What was measured, and the bytes that a step reads and writes at least."""
+def _own(name: str, prompt: Tensor, count: int, dtype: torch.dtype, graphs: bool) -> _Entrant:
     device = prompt.device
     before = in_use(device)
     model = Model(model_config(name), device=device).eval()
     cast_parameters(model, dtype)
-    taken: list[tuple[float, float]] = []
-    peak = peak_of(lambda: _write(model, prompt.tolist(), count, graphs), device, before)
-    for _ in range(repeats):
-        taken.append(_write(model, prompt.tolist(), count, graphs))
+    once = partial(_write, model, prompt.tolist(), count, graphs)
+    peak = peak_of(once, device, before)
     n_bytes = bytes_of_step(model, prompt.shape[0], prompt.shape[1] + count // 2)
-    measured = _measured(taken, peak, sum(p.numel() for p in model.parameters()), _ran(model, prompt))
-    return measured, n_bytes
+    return _Entrant(once, sum(p.numel() for p in model.parameters()), peak, _ran(model, prompt), n_bytes)
 
 
-def _peer_row(
-    make: Callable[[], tuple[Callable[[int], object], int, str]],
-    count: int,
-    device: torch.device,
-    repeats: int,
-) -> dict[str, Any]:
+def _peer(
+    make: Callable[[], tuple[Callable[[int], object], int, str]], count: int, device: torch.device
+) -> _Entrant:
     before = in_use(device)
-    try:
-        write, parameters, ran = make()
+    write, parameters, ran = make()
 
-        def once() -> tuple[float, float]:
-            one, many = (_seconds(partial(write, n), device) for n in (1, 1 + count))
-            return one, (many - one) / count
+    def once() -> tuple[float, float]:
+        one, many = (_seconds(partial(write, n), device) for n in (1, 1 + count))
+        return one, (many - one) / count
 
-        peak = peak_of(once, device, before)
-        return _measured([once() for _ in range(repeats)], peak, parameters, ran)
-    except Exception as fault:  # another package's mistakes are no reason to stop
-        return {"failed": failure(fault)}
-
-
-def _measured(
-    taken: list[tuple[float, float]], peak: int | None, parameters: int, ran: str
-) -> dict[str, Any]:
-    first, step = (sorted(times)[len(times) // 2] for times in zip(*taken, strict=True))
-    return {
-        "parameters": parameters,
-        **ran_by(ran),
-        "peak_gib": None if peak is None else peak / 2**30,
-        "prompt_ms": 1000 * first,
-        "step_s": step,
-    }
+    return _Entrant(once, parameters, peak_of(once, device, before), ran)
 
 
 def _write(model: Model, prompts: list[list[int]], count: int, graphs: bool) -> tuple[float, float]:

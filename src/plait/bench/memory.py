@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from plait.training.heap import give_back
+
 
 def in_use(device: torch.device) -> int:
     """Bytes that tensors (on a GPU), or all of this process (on Linux), hold now; 0 where nobody counts."""
@@ -15,6 +17,7 @@ def in_use(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(device)
+    give_back()
     return _status("VmRSS:") if sys.platform == "linux" else 0
 
 

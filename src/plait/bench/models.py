@@ -7,9 +7,11 @@ Transformer has half as many layers as a Mamba, as each has an MLP too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +141,7 @@ def failure(fault: Exception) -> str:
 
 def kernels(call: Callable[[], object]) -> str:
     """The kernels that a call runs, "selective_scan_gpu causal_conv1d_gpu ..."; "torch" if all is plain torch."""
-    with _Seen() as seen:
+    with _Seen() as seen, _noted(seen.names):
         call()
     return " ".join(sorted(seen.names)) or "torch"
 
@@ -170,6 +172,22 @@ class _Seen(TorchDispatchMode):
         elif package == "aten" and ("attention" in op and "backward" not in op):
             self.names.add("aten:" + op.strip("_"))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _noted(names: set[str]) -> Iterator[None]:
+    """Notes the kernels of decoding on a CPU, which are no custom ops, where there are any."""
+    if find_spec("numba") is None:
+        yield
+        return
+    team: Any = import_module("plait.ops.numba_team")
+
+    def note(kernel: Any, entry: tuple[int, ...], keep: Sequence[Tensor | None]) -> None:
+        names.add(kernel.name)
+        team.Program([entry])()
+
+    with team.recording(note):
+        yield
 
 
 def _numbers(model: Model, ids: Tensor) -> list[Tensor]:

@@ -66,22 +66,30 @@ def benchmark_ops(
     *,
     shapes: Sequence[Shape] | None = None,
     backends: Sequence[str] | None = None,
+    threads: Sequence[int] | None = None,
     seconds: float = 1.0,
     say: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Result:
     """Time the named ops forward and forward + backward; ``say`` is given each row as it comes.
 
     shapes: instead of those of the published tables. backends: by default the one that runs by itself, and
-    ``portable``.
+    ``portable``. threads: on a CPU, each of these numbers of threads in turn; by default as many as torch has now.
     """
     result = Result("ops", str(device))
-    limits = ceilings(device, dtype)
-    for name in names:
-        bench = BENCHES[name]
-        for shape in shapes or bench.shapes[device.type]:
-            for row in _rows(name, bench, shape, device, dtype, backends, limits, seconds):
-                result.rows.append(row)
-                say(row)
+    before = torch.get_num_threads()
+    try:
+        limits = {}
+        for count in threads or [before]:
+            torch.set_num_threads(count)
+            limits[count] = ceilings(device, dtype)
+        for name in names:
+            bench = BENCHES[name]
+            for shape in shapes or bench.shapes[device.type]:
+                for row in _rows(name, bench, shape, device, dtype, backends, limits, seconds):
+                    result.rows.append(row)
+                    say(row)
+    finally:
+        torch.set_num_threads(before)
     return result
 
 
@@ -92,7 +100,7 @@ def _rows(
     device: torch.device,
     dtype: torch.dtype,
     backends: Sequence[str] | None,
-    limits: Ceilings,
+    limits: dict[int, Ceilings],  # by threads
     seconds: float,
 ) -> Iterator[dict[str, Any]]:
     own = choose_name(bench.op, None, device.type, dtype)
@@ -123,22 +131,29 @@ def _rows(
             }
             continue
         ready[label] = (forward, both)
-    forwards = measure_together([f for f, _ in ready.values()], device, seconds=seconds)
-    boths = measure_together([b for _, b in ready.values()], device, seconds=seconds)
-    for label, one, two in zip(ready, forwards, boths, strict=True):
-        floor, bound = limits.floor(*bench.work(shape, dtype.itemsize, False))
-        floor2, bound2 = limits.floor(*bench.work(shape, dtype.itemsize, True))
-        yield {
-            "op": name,
-            "shape": str(shape),
-            "dtype": _short(dtype),
-            "backend": label,
-            "forward_ms": one.median,
-            "forward_floor": f"{floor:.3f} {bound}",
-            "both_ms": two.median,
-            "both_floor": f"{floor2:.3f} {bound2}",
-            "repeats": two.n,
-        }
+    for count, limit in limits.items():
+        torch.set_num_threads(count)
+        forwards = measure_together([f for f, _ in ready.values()], device, seconds=seconds)
+        boths = measure_together([b for _, b in ready.values()], device, seconds=seconds)
+        for label, one, two in zip(ready, forwards, boths, strict=True):
+            floor, bound = limit.floor(*bench.work(shape, dtype.itemsize, False))
+            floor2, bound2 = limit.floor(*bench.work(shape, dtype.itemsize, True))
+            yield {
+                "op": name,
+                "shape": str(shape),
+                "dtype": _short(dtype),
+                "backend": label,
+                "threads": count if device.type == "cpu" else None,
+                "forward_ms": one.median,
+                "forward_floor": f"{floor:.3f} {bound}",
+                "both_ms": two.median,
+                "both_floor": f"{floor2:.3f} {bound2}",
+                # how many times as long as the first of these rows, and a backward in forwards
+                "forward_times": one.median / forwards[0].median,
+                "both_times": two.median / boths[0].median,
+                "backward_forwards": (two.median - one.median) / one.median,
+                "repeats": two.n,
+            }
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -326,7 +341,10 @@ BENCHES: dict[str, Bench] = {
         _ssd,
         _ssd_work,
         {
-            "cpu": _shapes({"H": 24, "P": 64, "N": 128}, (1, 512), (1, 2048)),
+            "cpu": [
+                *_shapes({"H": 24, "P": 64, "N": 128}, (1, 512), (1, 1024), (1, 2048)),
+                *_shapes({"H": 24, "P": 64, "N": 64}, (1, 512), (1, 1024), (1, 2048)),
+            ],
             "cuda": _shapes({"H": 64, "P": 64, "N": 128}, *_GPU_SIZES),
         },
         {"chunked 128": ssd_chunked, "mamba_ssm": state_spaces("ssd")},
@@ -337,7 +355,10 @@ BENCHES: dict[str, Bench] = {
         _mamba3,
         _mamba3_work,
         {
-            "cpu": _shapes({"H": 24, "P": 64, "N": 64}, (1, 512)),
+            "cpu": [
+                *_shapes({"H": 24, "P": 64, "N": 64}, (1, 1024)),
+                *_shapes({"H": 24, "P": 64, "N": 128}, (1, 1024)),
+            ],
             "cuda": _shapes({"H": 64, "P": 64, "N": 128}, *_GPU_SIZES),
         },
         {},

@@ -7,40 +7,62 @@ Their widths, layers and vocabularies are ours; their steps do what ours do, wit
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.bench.models import split_name
+from plait.bench.models import (
+    CHECKED_LAYERS,
+    CHECKED_VOCABULARY,
+    TOLERANCE,
+    exact_products,
+    model_config,
+    relative_error,
+    require,
+    split_name,
+)
 from plait.config.errors import BackendError
+from plait.models.model import Model
 from plait.training.precision import LossScaler, autocast
 
 LONGEST_LOOP = 256
 """Tokens: transformers' Mamba without kernels of its own loops over time, at seconds a hundred tokens in training."""
 
-Step = Callable[[], float]
-Made = tuple[Step, int, str]  # (a step, parameters, what ran)
+
+class Prepared(NamedTuple):
+    """A model that is ready to be trained."""
+
+    step: Callable[[], float]  # makes one update, returns the loss before it
+    laps: list[
+        float
+    ]  # seconds of every step so far from its begin to the end of backward, as the host sees them
+    parameters: int
+    ran: str  # kernels, or the package
 
 
 def training_peers(
     name: str, ids: Tensor, device: torch.device, precision: str
-) -> dict[str, Callable[[], Made]]:
+) -> dict[str, Callable[[], Prepared]]:
     """What makes a training step of the model of a name on ids (B, T), by package; a step returns its loss."""
     family, _ = split_name(name)
-    found: dict[str, Callable[[], Made]] = {}
+    found: dict[str, Callable[[], Prepared]] = {}
 
-    def made(build: Callable[[], nn.Module], loss: Callable[[nn.Module, Tensor], Tensor], ran: str) -> Made:
+    def made(
+        build: Callable[[], nn.Module], loss: Callable[[nn.Module, Tensor], Tensor], ran: str
+    ) -> Prepared:
         if family == "mamba" and ran == "transformers" and ids.shape[1] > LONGEST_LOOP:
             raise BackendError(f"transformers' loop over time is measured up to {LONGEST_LOOP} tokens")
         torch.manual_seed(0)
         model = build().to(device).train()
-        step = _training_step(model, lambda x: loss(model, x), ids, device, precision)
-        return step, sum(p.numel() for p in model.parameters()), ran
+        laps: list[float] = []
+        step = _training_step(model, lambda x: loss(model, x), ids, device, precision, laps)
+        return Prepared(step, laps, sum(p.numel() for p in model.parameters()), ran)
 
     if device.type == "cpu" and find_spec("transformers") is not None:
         found["transformers"] = lambda: made(lambda: _transformers(name), _their_loss, "transformers")
@@ -60,6 +82,7 @@ def decoding_peers(
     found: dict[str, Callable[[], tuple[Callable[[int], object], int, str]]] = {}
 
     def transformers() -> tuple[Callable[[int], object], int, str]:
+        check_transformers(name)
         torch.manual_seed(0)
         model: Any = _transformers(name).to(device, dtype).eval()
 
@@ -88,8 +111,13 @@ def decoding_peers(
 
 
 def _training_step(
-    model: nn.Module, loss_of: Callable[[Tensor], Tensor], ids: Tensor, device: torch.device, precision: str
-) -> Step:
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    device: torch.device,
+    precision: str,
+    laps: list[float],
+) -> Callable[[], float]:
     """Forward, backward, clipping, fused AdamW, one look at the loss: what our step does."""
     kind: Any = precision
     optimizer = torch.optim.AdamW(
@@ -98,10 +126,12 @@ def _training_step(
     scaler = LossScaler(kind)
 
     def step() -> float:
+        begin = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with autocast(kind, device):
             loss = loss_of(ids.to(device, non_blocking=True))
         (loss * scaler.scale).backward()
+        laps.append(time.perf_counter() - begin)
         torch.nn.utils.clip_grad_norm_(model.parameters(), scaler.scale)
         optimizer.step()
         return float(loss.detach())
@@ -118,11 +148,44 @@ def _loss_of_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def _transformers(name: str) -> nn.Module:
+def check_transformers(name: str) -> float:
+    """The error of ours against transformers' logits with the same weights, of a Mamba; PlaitError if too large.
+
+    Two layers over a few words; a Transformer's weights lie otherwise there, and its row is not checked.
+    """
+    family, _ = split_name(name)
+    if family == "transformer":
+        return 0.0
+    torch.manual_seed(0)
+    ours = Model(model_config(name, layers=CHECKED_LAYERS, vocabulary=CHECKED_VOCABULARY)).eval()
+    theirs: Any = _transformers(name, CHECKED_LAYERS, CHECKED_VOCABULARY).eval()
+    weights = theirs.state_dict()
+    for key, value in ours.state_dict().items():
+        for mine, other in _THEIR_NAMES:
+            key = key.replace(mine, other)
+        weights[key].copy_(value)
+    ids = torch.randint(CHECKED_VOCABULARY, (2, 20))
+    with torch.no_grad(), exact_products():
+        error = relative_error(ours(ids).logits, theirs(input_ids=ids).logits)
+    require(f"{name}, the same weights in transformers", error, TOLERANCE)
+    return error
+
+
+_THEIR_NAMES = (
+    ("embedding.tokens", "backbone.embeddings"),
+    ("blocks.", "backbone.layers."),
+    ("norm1", "norm"),
+    ("final_norm", "backbone.norm_f"),
+    ("head.unembedding", "lm_head"),
+)
+
+
+def _transformers(name: str, layers: int | None = None, vocabulary: int | None = None) -> nn.Module:
     package: Any = import_module("transformers")
     family, size = split_name(name)
+    n_layer = layers or size.n_layer
     common = {
-        "vocab_size": size.vocabulary,
+        "vocab_size": vocabulary or size.vocabulary,
         "hidden_size": size.d_model,
         "tie_word_embeddings": True,
         "bos_token_id": None,
@@ -130,12 +193,12 @@ def _transformers(name: str) -> nn.Module:
         "pad_token_id": None,
     }
     if family == "mamba":
-        config = package.MambaConfig(**common, num_hidden_layers=size.n_layer, state_size=16)
+        config = package.MambaConfig(**common, num_hidden_layers=n_layer, state_size=16)
         return cast(nn.Module, package.MambaForCausalLM(config))
     if family == "mamba2":
         config = package.Mamba2Config(
             **common,
-            num_hidden_layers=size.n_layer,
+            num_hidden_layers=n_layer,
             state_size=128,
             head_dim=64,
             num_heads=2 * size.d_model // 64,
@@ -145,7 +208,7 @@ def _transformers(name: str) -> nn.Module:
     width = -(-8 * size.d_model // (3 * 64)) * 64
     config = package.LlamaConfig(
         **common,
-        num_hidden_layers=size.n_layer // 2,
+        num_hidden_layers=n_layer // 2,
         num_attention_heads=max(1, size.d_model // 64),
         intermediate_size=width,
     )

@@ -37,6 +37,10 @@ def ops(
         list[str] | None,
         typer.Option(help="Only this one; may be given more than once, and leaves peers out"),
     ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a CPU; may be given more than once, and by default as torch chooses"),
+    ] = None,
     seconds: Seconds = 1.0,
     json: Json = None,
 ) -> None:
@@ -50,10 +54,14 @@ def ops(
     shapes = [_shape(text) for text in shape] if shape else None
     if shapes and len(chosen) != 1:
         raise DataError("a shape is of one op; name it: plait bench ops ssd --shape B1,L512,H24,P64,N128")
-    columns = ("op", "shape", "dtype", "backend", "forward_ms", "forward_floor", "both_ms", "both_floor")
+    columns = (
+        "op", "shape", "dtype", "backend", "threads", "forward_ms", "forward_times", "forward_floor", "both_ms",
+        "both_times", "both_floor", "backward_forwards",
+    )  # fmt: skip
     with stderr().status("measuring") as status:
         result = benchmark_ops(
-            chosen, place, _dtype(dtype, place), shapes=shapes, backends=backend, seconds=seconds,
+            chosen, place, _dtype(dtype, place), shapes=shapes, backends=backend, threads=threads,
+            seconds=seconds,
             say=lambda row: status.update(f"measured {row['op']} {row['shape']}, {row['backend']}"),
         )  # fmt: skip
     _show(result, columns, 4, json)
@@ -72,6 +80,8 @@ def train(
     compile: Annotated[bool, typer.Option(help="torch.compile each block")] = False,
     checkpointing: Annotated[str, typer.Option(help="none, block or selective")] = "none",
     peers: Peers = True,
+    by: Annotated[str | None, typer.Option(help="Only this package's models: plait, transformers")] = None,
+    apart: Annotated[bool, typer.Option(help="Each row in a process of its own")] = False,
     seconds: Seconds = 10.0,
     json: Json = None,
 ) -> None:
@@ -81,13 +91,13 @@ def train(
     _known("precision", precision or "fp32", ("fp32", "bf16", "fp16"))
     _known("checkpointing", checkpointing, ("none", "block", "selective"))
     columns = (
-        "model", "shape", "by", "parameters", "tokens_per_second", "step_ms", "peak_gib", "first_step_s", "first_loss",
-        "backend",
+        "model", "shape", "by", "parameters", "tokens_per_second", "step_ms", "forward_backward_ms", "peak_gib",
+        "first_step_s", "first_loss", "backend",
     )  # fmt: skip
     with stderr().status("measuring") as status:
         result = benchmark_training(
             _place(device), models=models, sizes=[_size(s) for s in size] if size else None, precision=precision,
-            compiled=compile, checkpointing=checkpointing, peers=peers, seconds=seconds,
+            compiled=compile, checkpointing=checkpointing, peers=peers, by=by, apart=apart, seconds=seconds,
             say=lambda row: status.update(f"measured {row['model']} {row['shape']}, {row['by']}"),
         )  # fmt: skip
     _show(result, columns, 3, json)
@@ -101,7 +111,7 @@ def decode(
     prompt: Annotated[int | None, typer.Option(help="Tokens before what is timed")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that are timed")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that on a GPU")] = None,
-    graphs: Annotated[bool, typer.Option(help="On a GPU, record steps and replay them")] = True,
+    graphs: Annotated[bool, typer.Option(help="Record steps and replay them")] = True,
     peers: Peers = True,
     json: Json = None,
 ) -> None:
@@ -110,8 +120,8 @@ def decode(
 
     place = _place(device)
     columns = (
-        "model", "shape", "by", "dtype", "step_ms", "floor_ms", "times_floor", "tokens_per_second", "prompt_ms",
-        "peak_gib", "backend",
+        "model", "shape", "by", "dtype", "step_ms", "times_plait", "floor_ms", "times_floor", "tokens_per_second",
+        "prompt_ms", "peak_gib", "backend",
     )  # fmt: skip
     with stderr().status("measuring") as status:
         result = benchmark_decoding(

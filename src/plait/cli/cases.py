@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.ops.add_norm import add_norm
 from plait.ops.attention import attention, cached_attention
 from plait.ops.causal_conv1d import causal_conv1d
+from plait.ops.causal_conv1d_update import causal_conv1d_update
+from plait.ops.convolved_linear import convolved_linear
 from plait.ops.cumulative_angle import cumulative_angle
 from plait.ops.diagonal_ssm import diagonal_ssm
 from plait.ops.gated_norm import gated_norm
+from plait.ops.norm_linear import norm_linear
 from plait.ops.selective_scan import selective_scan
+from plait.ops.selective_state_update import selective_state_update
 from plait.ops.ssd import ssd, trapezoidal_ssd
+from plait.ops.ssd_update import ssd_update
 from plait.ops.ternary import int8_rows, ternary_weight
 
 LENGTHS = (70, 1, 37)  # longer than a chunk, a single token, and one that no tile divides
@@ -30,11 +36,12 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """What an op is called with: ``run(**inputs, **fixed, backend=...)``; inputs are differentiated."""
+    """What an op is called with: ``run(**inputs, **fixed, backend=...)``; inputs are differentiated, if it can be."""
 
     run: Callable[..., Outputs]
     inputs: dict[str, Tensor]
     fixed: dict[str, Any] = field(default_factory=dict)
+    differentiable: bool = True
 
 
 class _Draw:
@@ -53,6 +60,12 @@ class _Draw:
 def _packing() -> dict[str, Any]:
     bounds = [sum(LENGTHS[:i]) for i in range(S + 1)]
     return {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_len": max(LENGTHS)}
+
+
+def _add_norm(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    inputs = {"x": d.normal(N_TOKENS, 24), "y": d.normal(N_TOKENS, 24), "weight": d.normal(24)}
+    return Case(add_norm, inputs)
 
 
 def _attention(generator: torch.Generator) -> Case:
@@ -83,6 +96,41 @@ def _causal_conv1d(generator: torch.Generator) -> Case:
         "initial_state": d.normal(S, 3, 12),
     }
     return Case(causal_conv1d, inputs, {**_packing(), "activation": "silu"})
+
+
+def _causal_conv1d_update(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    inputs = {
+        "x": d.normal(S, 12),
+        "state": d.normal(S, 3, 12),
+        "weight": d.normal(12, 4),
+        "bias": d.normal(12),
+    }
+
+    def run(state: Tensor, **x: Any) -> Outputs:
+        state = state.clone()
+        return causal_conv1d_update(state=state, **x), state
+
+    return Case(run, inputs, {"activation": "silu"}, differentiable=False)
+
+
+def _convolved_linear(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    inputs = {
+        "x": d.normal(S, 24),
+        "weight": d.normal(10, 24),
+        "bias": d.normal(10),
+        "norm_weight": d.normal(24),
+        "state": d.normal(S, 3, 6),
+        "conv_weight": d.normal(6, 4),
+        "conv_bias": d.normal(6),
+    }
+
+    def run(state: Tensor, **x: Any) -> Outputs:
+        state = state.clone()
+        return convolved_linear(state=state, **x), state
+
+    return Case(run, inputs, {"first": 3, "eps": 1e-5, "group_size": 8}, differentiable=False)
 
 
 def _cumulative_angle(generator: torch.Generator) -> Case:
@@ -120,6 +168,19 @@ def _int8_rows(generator: torch.Generator) -> Case:
     return Case(lambda **x: (int8_rows(**x),), {"x": _Draw(generator).normal(N_TOKENS, 24)})
 
 
+def _norm_linear(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    inputs = {
+        "x": d.normal(S, 24),
+        "weight": d.normal(10, 24),
+        "bias": d.normal(10),
+        "norm_weight": d.normal(24),
+        "residual": d.normal(S, 10),
+    }
+    fixed = {"eps": 1e-5, "group_size": 8}
+    return Case(lambda **x: (norm_linear(**x),), inputs, fixed, differentiable=False)
+
+
 def _selective_scan(generator: torch.Generator) -> Case:
     d = _Draw(generator)
     inputs = {
@@ -136,6 +197,28 @@ def _selective_scan(generator: torch.Generator) -> Case:
     return Case(selective_scan, inputs, {**_packing(), "dt_softplus": True})
 
 
+def _selective_state_update(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    inputs = {
+        "x": d.normal(S, 12),
+        "dt": d.normal(S, 5),
+        "A": -d.between(0.1, 4.0, 12, 8),
+        "B": d.normal(S, 8),
+        "C": d.normal(S, 8),
+        "D": d.normal(12),
+        "state": d.normal(S, 12, 8),
+        "z": d.normal(S, 12),
+        "dt_bias": d.between(-1.0, 1.0, 12),
+        "dt_weight": d.normal(12, 5),
+    }
+
+    def run(state: Tensor, **x: Any) -> Outputs:
+        state = state.clone()
+        return selective_state_update(state=state, **x), state
+
+    return Case(run, inputs, {"dt_softplus": True}, differentiable=False)
+
+
 def _ssd(generator: torch.Generator) -> Case:
     d = _Draw(generator)
     inputs = {
@@ -149,6 +232,30 @@ def _ssd(generator: torch.Generator) -> Case:
         "initial_state": d.normal(S, 4, 8, 16),
     }
     return Case(ssd, inputs, {**_packing(), "dt_softplus": True})
+
+
+def _ssd_update(generator: torch.Generator) -> Case:
+    d = _Draw(generator)
+    heads, width, groups, states = 4, 8, 2, 16
+    channels = heads * width + 2 * groups * states
+    inputs = {
+        "z": d.normal(S, heads * width),
+        "xbc": d.normal(S, channels),
+        "dt": d.normal(S, heads),
+        "conv_state": d.normal(S, 3, channels),
+        "ssm_state": d.normal(S, heads, width, states),
+        "conv_weight": d.normal(channels, 4),
+        "conv_bias": d.normal(channels),
+        "A": -d.between(0.5, 4.0, heads),
+        "D": d.normal(heads, width),
+        "dt_bias": d.between(-1.0, 1.0, heads),
+    }
+
+    def run(conv_state: Tensor, ssm_state: Tensor, **x: Any) -> Outputs:
+        states = conv_state.clone(), ssm_state.clone()
+        return ssd_update(conv_state=states[0], ssm_state=states[1], **x), *states
+
+    return Case(run, inputs, {"ngroups": groups}, differentiable=False)
 
 
 def _ternary_weight(generator: torch.Generator) -> Case:
@@ -181,15 +288,21 @@ def _trapezoidal_ssd(generator: torch.Generator) -> Case:
 
 
 CASES: dict[str, Callable[[torch.Generator], Case]] = {
+    "add_norm": _add_norm,
     "attention": _attention,
     "cached_attention": _cached_attention,
     "causal_conv1d": _causal_conv1d,
+    "causal_conv1d_update": _causal_conv1d_update,
+    "convolved_linear": _convolved_linear,
     "cumulative_angle": _cumulative_angle,
     "diagonal_ssm": _diagonal_ssm,
     "gated_norm": _gated_norm,
     "int8_rows": _int8_rows,
+    "norm_linear": _norm_linear,
     "selective_scan": _selective_scan,
+    "selective_state_update": _selective_state_update,
     "ssd": _ssd,
+    "ssd_update": _ssd_update,
     "ternary_weight": _ternary_weight,
     "trapezoidal_ssd": _trapezoidal_ssd,
 }

@@ -10,6 +10,7 @@ import typer
 from plait.cli.overrides import EPILOG, ConfigCommand, overrides
 from plait.cli.terminal import number, pairs, stderr, stdout
 from plait.config.errors import TokenizerError
+from plait.config.words import counted
 
 if TYPE_CHECKING:
     from plait.config.schema import Config
@@ -44,7 +45,7 @@ def validate(ctx: typer.Context, config: Source = None) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     console = stdout()
     console.print(
-        f"{config or 'the config'} is valid: {len(model.blocks)} layers, {number(count)} parameters"
+        f"{config or 'the config'} is valid: {counted(len(model.blocks), 'layer')}, {number(count)} parameters"
     )
     if remark:
         console.print(remark, style="dim")
@@ -84,11 +85,16 @@ def schedule(
         shown.append(("time", f"{training.minutes:g} minutes at most; shares of the run go by the clock"))
     if rows is not None:
         shown.append(
-            ("epochs", f"{epochs.at(run.steps):.3g} of {rows:,} rows; the first ends at step {epochs.end(1)}")
+            (
+                "epochs",
+                f"{epochs.at(run.steps):.3g} of {counted(rows, 'row')}; the first ends at step {epochs.end(1)}",
+            )
         )
     tokens = run.steps * batch_rows * length
     shown.append(("tokens", f"{tokens:,}, {batch_rows * length:,} a step"))
-    every = f"every {training.checkpoint_every:,} steps" if training.checkpoint_every else "at the end"
+    every = (
+        f"every {counted(training.checkpoint_every, 'step')}" if training.checkpoint_every else "at the end"
+    )
     shown.append(("saved", f"{every}; of these the newest {training.keep_checkpoints} stay"))
     shown.append(("saved and kept", ", ".join(map(str, kept)) or "none; see training.checkpoint_schedule"))
     begin = 0.0

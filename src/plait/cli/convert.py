@@ -37,13 +37,21 @@ def convert(
             "--allow-pickle", help="nanochat: open tokenizer.pkl, of which only a tokenizer is read"
         ),
     ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only", help="nanochat: the model alone, though the optimizers' state lies beside it"
+        ),
+    ] = False,
 ) -> None:
     """Turn a model of nanochat, MiniMamba, Model Foundry or BitByte into one of Plait's.
 
     Afterwards DST is a model like any other: plait generate DST, plait info DST, plait.load(DST). What an original
-    computes in its own way stays so, as options of the model in DST/config.json.
+    computes in its own way stays so, as options of the model in its config.json. With the state of nanochat's
+    optimizers DST is a run to go on with: plait train --resume DST.
     """
     from plait.formats import convert as formats
+    from plait.formats.folders import list_checkpoints
     from plait.tokenizers.load import load_tokenizer
 
     model = formats.convert(
@@ -53,6 +61,7 @@ def convert(
         None if config is None else read_config_file(Path(config)),
         tokenizer=None if tokenizer is None else load_tokenizer(tokenizer),
         allow_pickle=allow_pickle,
+        weights_only=weights_only,
     )
     found = model.tokenizer
     rows = [
@@ -62,9 +71,29 @@ def convert(
         ("saved in", destination),
     ]
     console = stdout()
+    checkpoints = list_checkpoints(Path(destination))
+    if checkpoints:
+        rows += _goes_on(checkpoints[-1])
     console.print(pairs(rows))
+    if checkpoints:
+        more = "--data.train=TEXT --training.steps=N"
+        console.print(f"\nto go on training: plait train --resume {destination} {more}")
     if model.config.head.kind == "lm" and found is not None:
         console.print(f"\nnext: plait generate {destination} PROMPT")
     else:
         why = "" if found is not None else "; it has no tokenizer (--tokenizer adds one)"
         console.print(f'\nnext, from Python: plait.load("{destination}"){why}')
+
+
+def _goes_on(checkpoint: Path) -> list[tuple[str, str]]:
+    """What the run in a converted folder begins with, and what it cannot."""
+    from plait.training.checkpoint import read_state
+
+    state = read_state(checkpoint)
+    return [
+        ("training", f"after step {state.step:,}, with the optimizers' state"),
+        (
+            "data",
+            f"from row {state.sample:,} of the text in Plait's order; the place in nanochat's files is not kept",
+        ),
+    ]

@@ -29,7 +29,9 @@ def estimate(
     allocated and any size can be asked about. The allocator's own losses are not in it.
     """
     from plait.cli.source import read_config, with_vocabulary
+    from plait.training.distributed import choose_device
     from plait.training.estimate import estimate, parse_size
+    from plait.training.precision import product_dtype
 
     room = parse_size(memory)
     config = read_config(source, overrides(ctx))
@@ -63,7 +65,8 @@ def estimate(
             "none" if fit.state is None else size(fit.state),
             "" if fit.sequences is None else number(fit.sequences),
         )
-    console.print(f"\nWhat fits into {size(room)} ({config.training.precision}):")
+    dtype = product_dtype(config.training.precision, choose_device(config.training.device))
+    console.print(f"\nWhat fits into {size(room)} (products in {str(dtype).removeprefix('torch.')}):")
     console.print(made)
     console.print(_verdict(found.enough, found.fits, found.length, room))
 

@@ -10,6 +10,7 @@ import typer
 
 from plait.cli.terminal import harmless, number, pairs, stderr, stdout, table
 from plait.config.errors import DataError
+from plait.config.words import counted
 
 if TYPE_CHECKING:
     from plait.models.model import Model
@@ -150,7 +151,7 @@ def minimal_pairs(
     for group, accuracy in accuracies(scores).items():
         made.add_row(harmless(group), f"{accuracy:.3f}")
     made.add_section()
-    made.add_row(f"{len(scores)} pairs", f"{every:.3f}", style="bold")
+    made.add_row(counted(len(scores), "pair"), f"{every:.3f}", style="bold")
     stdout().print(made)
     _write(out, {"accuracy": every, "pairs": len(scores), "tests": accuracies(scores)})
 

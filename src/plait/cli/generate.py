@@ -10,6 +10,7 @@ import typer
 
 from plait.cli.terminal import seconds, stderr, stdout, write
 from plait.config.errors import CheckpointError
+from plait.config.words import counted
 
 if TYPE_CHECKING:
     from plait.models.model import Model
@@ -80,7 +81,8 @@ def generate(
         tokens = _at_once(model, prompt, shown, options)
     took = time.perf_counter() - begin
     stderr().print(
-        f"{tokens} tokens in {seconds(took)}, {tokens / max(took, 1e-9):,.0f} tokens/s", style="dim"
+        f"{counted(tokens, 'token')} in {seconds(took)}, {tokens / max(took, 1e-9):,.0f} tokens/s",
+        style="dim",
     )
 
 

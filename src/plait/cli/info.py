@@ -8,6 +8,7 @@ import typer
 
 from plait.cli.overrides import EPILOG, ConfigCommand, overrides
 from plait.cli.terminal import number, pairs, size, stdout
+from plait.config.words import counted
 
 app = typer.Typer(add_completion=False)
 
@@ -38,7 +39,8 @@ def info(
     stack = stack_of(model, length)
     console = stdout()
     console.print(
-        f"{source}: {number(stack.parameters)} parameters, {len(model.blocks)} layers, d_model {config.d_model}, "
+        f"{source}: {number(stack.parameters)} parameters, {counted(len(model.blocks), 'layer')}, "
+        f"d_model {config.d_model}, "
         f"vocabulary {config.vocab_size}, {'causal' if config.causal else 'not causal'}"
     )
     console.print(stack_table(stack))

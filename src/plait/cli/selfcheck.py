@@ -1,7 +1,7 @@
 """Does each backend of each op compute on this machine what the reference does in float64? See ``cases.py``.
 
-Compared are the outputs, the final states, and the gradients of a random weighting of both, for every input; the
-error is the largest relative RMS.
+Compared are the outputs, the final states, and the gradients of a random weighting of both, for every input of an op
+that has gradients; the error is the largest relative RMS.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def relative_rms(found: Tensor, truth: Tensor) -> float:
 
 def _results(case: Case, backend: str, device: torch.device, *, wide: bool, seed: int) -> dict[str, Tensor]:
     """Outputs and gradients by name. The inputs are the same float32 numbers, whatever is computed with them."""
-    inputs = {name: _cast(x, wide).to(device).requires_grad_() for name, x in case.inputs.items()}
+    inputs = {name: _cast(x, wide).to(device) for name, x in case.inputs.items()}
+    inputs = {name: x.requires_grad_(case.differentiable) for name, x in inputs.items()}
     fixed = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.fixed.items()}
     outputs = case.run(**inputs, **fixed, backend=backend)
+    named_outputs = {f"output {i}": y for i, y in enumerate(outputs)}
+    if not case.differentiable:
+        return named_outputs
     generator = torch.Generator().manual_seed(seed + 1)
     total = torch.zeros((), device=device, dtype=outputs[0].dtype)
     for y in outputs:
@@ -46,9 +50,7 @@ def _results(case: Case, backend: str, device: torch.device, *, wide: bool, seed
         total = total + (y * weight.to(device, y.dtype)).sum().to(total.dtype)
     gradients = torch.autograd.grad(total, list(inputs.values()), allow_unused=True, materialize_grads=True)
     named = dict(zip(inputs, gradients))
-    return {f"output {i}": y for i, y in enumerate(outputs)} | {
-        f"gradient of {n}": g for n, g in named.items()
-    }
+    return named_outputs | {f"gradient of {n}": g for n, g in named.items()}
 
 
 def _cast(x: Tensor, wide: bool) -> Tensor:

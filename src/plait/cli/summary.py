@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from plait.cli.terminal import number, pairs, seconds, size, stdout
+from plait.config.words import counted
 
 if TYPE_CHECKING:
     from plait.config.schema import Config, TrainingConfig
@@ -49,12 +50,12 @@ def show_run(config: Config) -> None:
 
 def _horizon(training: TrainingConfig) -> str:
     if training.epochs is not None:
-        return f"{training.epochs:g} epochs"
+        return counted(training.epochs, "epoch")
     if training.tokens_per_parameter is not None:
         return f"{training.tokens_per_parameter:g} tokens a parameter, in steps"
     if training.flops is not None:
         return f"{training.flops:.3g} FLOPs in steps"
-    return f"{training.steps:,} steps"
+    return counted(training.steps, "step")
 
 
 def _listed(spec: str | list[str] | None) -> str:

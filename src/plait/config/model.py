@@ -23,6 +23,7 @@ from plait.config.recipes import read_preset
 from plait.config.section import Section, as_mapping
 from plait.config.table import find_kind, kinds, options_class
 from plait.config.text import plain
+from plait.config.words import counted
 
 DEFAULT_LAYERS = 6
 
@@ -170,7 +171,7 @@ class ModelConfig(Section):
         if is_single_name(pattern):
             return entries * self.n_layer
         raise ConfigError(
-            f"n_layer is {self.n_layer} but the pattern {show(pattern)} has {len(entries)} layers; "
+            f"n_layer is {self.n_layer} but the pattern {show(pattern)} has {counted(len(entries), 'layer')}; "
             "the two must match: change one, or leave n_layer out",
             ("n_layer",),
         )

@@ -1,4 +1,7 @@
-"""The YAML files that Plait ships: presets (a model) and recipes (a run)."""
+"""The YAML files that Plait ships: presets (a model) and recipes (a run).
+
+Of equal names the recipe trains the preset, perhaps at another size.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,13 @@ def preset_names() -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """A shipped run as a plain mapping; ConfigError, with the names there are, if it is not one."""
-    return _read(_folder(), name, recipe_names(), "recipe")
+    """A shipped run as a plain mapping; ConfigError, with the names there are, if it is not one.
+
+    A file that names another ``recipe`` is that one, but for the sections that it has itself.
+    """
+    values = _read(_folder(), name, recipe_names(), "recipe")
+    base = values.pop("recipe", None)
+    return values if base is None else read_recipe(base) | values
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _number(value: Any, field: FieldInfo, key: str) -> Any:
     types = set(leaves(field.annotation))
     if not types & {int, float} or types & {bool, str, Any}:
         return value
-    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+    huge = isinstance(value, int) and abs(value) >= 1 << 63
+    if isinstance(value, bool) or huge or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"expected {describe(field)}; got {show(value)}", (key,))
     if isinstance(value, str) and float not in types:
         try:

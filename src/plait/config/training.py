@@ -32,6 +32,10 @@ class TrainingConfig(Section):
     tokens_per_parameter: float | None = Field(
         None, gt=0, description="tokens to train on for each parameter; sets the number of steps instead"
     )
+    parameters_counted: Literal["all", "matrices"] = Field(
+        "all",
+        description="by tokens_per_parameter; matrices: those of the blocks and the output, no embeddings or vectors",
+    )
     flops: float | None = Field(
         None, gt=0, description="operations of the whole run, forward and backward; sets the steps instead"
     )
@@ -82,8 +86,9 @@ class TrainingConfig(Section):
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last share of the run, going down")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate as a share of the peak")
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of matrix products; weights are fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of matrix products; weights are fp32; auto: bf16 on a GPU that computes in it, else fp32",
     )
     tf32: bool = Field(False, description="fp32 products may use TensorFloat-32 where the device has it")
     sequence_length_schedule: list[SequenceStage] = Field(
@@ -95,6 +100,15 @@ class TrainingConfig(Section):
     eval_every: int = Field(200, ge=0, description="steps between evaluations; 0: at the end alone")
     eval_tokens: int | None = Field(131072, gt=0, description="held-out tokens an evaluation; null: all")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    core_tasks: str | None = Field(
+        None, description="folder of CORE's tasks (core.yaml, eval_meta_data.csv, eval_data/); null: no CORE"
+    )
+    core_every: int = Field(
+        0, ge=0, description="steps between evaluations of CORE; 0: at the end alone, if core_tasks is named"
+    )
+    core_max_per_task: int | None = Field(
+        None, gt=0, description="items asked of each task of CORE, always the same ones; null: all"
+    )
     sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
     sample_prompts: list[str] = Field(default_factory=lambda: [""], description="what the samples begin with")
     sample_tokens: int = Field(128, gt=0, description="length of a sample")
@@ -149,6 +163,14 @@ class TrainingConfig(Section):
                 f"expected a whole number of steps, or a share of the run below 1; got {self.warmup}",
                 ("warmup",),
             )
+        if self.core_every and self.core_tasks is None:
+            raise ConfigError(
+                f"core_every is {self.core_every}, but no folder of CORE's tasks is named: set "
+                "--training.core_tasks=FOLDER (core.yaml, eval_meta_data.csv, eval_data/), or core_every to 0",
+                ("core_tasks",),
+            )
+        if self.core_tasks is not None and self.objective not in ("causal_lm", "chat"):
+            raise ConfigError(f"CORE asks causal language models, not {self.objective}", ("core_tasks",))
         if self.micro_batch_tokens is not None and self.micro_batch_tokens > self.batch_tokens:
             raise ConfigError(
                 f"expected at most batch_tokens, {self.batch_tokens}; got {self.micro_batch_tokens}",

@@ -78,20 +78,41 @@ def evaluate_task(
     model: Model, task: CoreTask, *, tokenizer: Tokenizer | None = None, limit: int | None = None
 ) -> TaskScore:
     """Ask a model a task's items, or ``limit`` of them, drawn the same each time."""
+    right, asked = right_answers(model, task, tokenizer=tokenizer, limit=limit)
+    return task_score(task, right, asked)
+
+
+def right_answers(
+    model: Model,
+    task: CoreTask,
+    *,
+    tokenizer: Tokenizer | None = None,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[int, int]:
+    """(right answers, items) of the items that ``evaluate_task`` asks, or of those of one process among ``world``.
+
+    Every ``world``-th item from ``rank`` on: sums over the processes are what one process counts.
+    """
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ConfigError("CORE needs a tokenizer, and the model has none: give tokenizer=")
     items = list(task.items)
     random.Random(_SHUFFLE).shuffle(items)
     items = items[:limit]
+    own = range(rank, len(items), world)
     right = 0
-    for at in range(0, len(items), _ITEMS_AT_ONCE):
-        numbers = range(at, min(at + _ITEMS_AT_ONCE, len(items)))
-        right += sum(
-            _answers(model, tokenizer, task.kind, [_question(tokenizer, task, items, i) for i in numbers])
-        )
-    accuracy = right / len(items)
-    return TaskScore(task.name, accuracy, (accuracy - task.chance) / (1 - task.chance), len(items))
+    for at in range(0, len(own), _ITEMS_AT_ONCE):
+        questions = [_question(tokenizer, task, items, i) for i in own[at : at + _ITEMS_AT_ONCE]]
+        right += sum(_answers(model, tokenizer, task.kind, questions))
+    return right, len(own)
+
+
+def task_score(task: CoreTask, right: int, asked: int) -> TaskScore:
+    """The score of a task of whose ``asked`` items ``right`` were answered right."""
+    accuracy = right / asked
+    return TaskScore(task.name, accuracy, (accuracy - task.chance) / (1 - task.chance), asked)
 
 
 def read_bundle(folder: str | Path) -> list[CoreTask]:

@@ -23,6 +23,8 @@ FORMATS: dict[str, str] = {
     "foundry": "plait.formats.foundry",
     "bitbyte": "plait.formats.bitbyte",
 }
+# Those whose files may hold a run to go on with: read_run(path, config) -> ForeignRun | None.
+RUNS: dict[str, str] = {"nanochat": "plait.formats.nanochat_run:read_run"}
 
 
 def convert(
@@ -33,21 +35,27 @@ def convert(
     *,
     tokenizer: Tokenizer | None = None,
     allow_pickle: bool = False,
+    weights_only: bool = False,
 ) -> Model:
     """Read ``source``, of the format of that name, and write it as a new folder of Plait's; the model, as written.
 
     source: the original's own folder or file, or a bare state dict, whose configuration is ``config``. tokenizer:
     saved with the model instead of the original's own. allow_pickle: whether nanochat's tokenizer.pkl may be opened,
-    of which nothing but a tokenizer is read. CheckpointError, and no folder, if anything does not fit.
+    of which nothing but a tokenizer is read. Where the state of nanochat's optimizers lies beside the weights, the
+    folder is a run to go on with, unless ``weights_only``. CheckpointError, and no folder, if anything does not fit.
     """
     folder = Path(destination)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already: name a new folder")
     model, own = read_original(source, format, config, allow_pickle=allow_pickle)
     model.tokenizer = _fitting(own if tokenizer is None else tokenizer, model)
+    run = None if weights_only else _read_run(Path(source), format, config)
     try:
         with new_folder(folder) as temporary:
-            save_model(model, temporary, model.tokenizer)
+            if run is None:
+                save_model(model, temporary, model.tokenizer)
+            else:
+                load_object("plait.training.adopt:save_run")(temporary, model, run, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {folder}: {reason(error)}") from error
     return model
@@ -77,6 +85,16 @@ def read_original(
         path, config, **({"allow_pickle": True} if allow_pickle else {})
     )
     return found
+
+
+def _read_run(path: Path, format: str, config: Mapping[str, Any] | None) -> Any:
+    """The run that the files hold beside the model, or None."""
+    if format not in RUNS:
+        return None
+    try:
+        return load_object(RUNS[format])(path, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --weights-only converts the model without it") from None
 
 
 def _fitting(tokenizer: Tokenizer | None, model: Model) -> Tokenizer | None:

@@ -19,7 +19,9 @@ from plait.config.errors import CheckpointError, ConfigError
 from plait.config.schema import ModelConfig
 from plait.formats import nanochat_files as files
 from plait.formats.foreign import Tensors, make_model, read_file, read_json
+from plait.formats.nanochat_groups import is_july
 from plait.formats.nanochat_layout import SYSTEM, gpt_config, model_config, to_ours, to_theirs
+from plait.formats.nanochat_optimizer_write import Optimizing, written
 from plait.formats.native import reason, weights
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
@@ -84,13 +86,17 @@ def write(
     tokenizer: Tokenizer | None = None,
     sequence_len: int = 2048,
     meta: Mapping[str, Any] | None = None,
+    optimizer: Optimizing | None = None,
+    processes: int = 1,
 ) -> None:
     """Write model_<step>.pt and meta_<step>.json into a model's folder (<base>/base_checkpoints/d<depth>).
 
     A model of attention alone has exactly the keys of stock nanochat, of October 2025 or, if it is one of July 2026,
     of that; a hybrid has those of the fork. Weights are written in float32. The tokenizer goes where nanochat looks
     for it. sequence_len: nanochat's length of training, a tenth of the positions it can rotate. meta: what the meta
-    says besides step and model_config. CheckpointError, and nothing written, for what nanochat cannot express.
+    says besides step and model_config. optimizer: the model's, whose state goes into optim_<step>*.pt, for attention
+    alone; in July's form for a run on ``processes`` of nanochat's. CheckpointError, and nothing written, for what
+    nanochat cannot express.
     """
     folder = Path(folder)
     gpt = gpt_config(model.config, sequence_len)
@@ -102,16 +108,25 @@ def write(
         )
     if tokenizer is not None:
         _check_vocabulary(model, tokenizer)
-    data = io.BytesIO()
-    torch.save(to_theirs(tensors, ModelConfig.model_validate(model_config(gpt))), data)
+    theirs = ModelConfig.model_validate(model_config(gpt))
+    data = _saved(to_theirs(tensors, theirs))
+    states = [] if optimizer is None else [_saved(state) for state in written(optimizer, theirs, processes)]
     text = json.dumps({**(meta or {}), "step": step, "model_config": gpt}, indent=2)
     try:
         if tokenizer is not None:
             write_tokenizer(tokenizer, files.tokenizer_folder(folder))
+        for rank, state in enumerate(states):
+            write_file(files.optimizer_file(folder, step, rank if is_july(theirs) else None), state)
         write_file(files.meta_file(folder, step), text.encode())
-        write_file(files.weights_file(folder, step), data.getvalue())
+        write_file(files.weights_file(folder, step), data)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {reason(error)}") from error
+
+
+def _saved(data: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(data, stream)
+    return stream.getvalue()
 
 
 def _check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:

@@ -72,6 +72,32 @@ def meta_file(folder: Path, step: int) -> Path:
     return folder / f"meta_{step:06d}.json"
 
 
+def optimizer_file(folder: Path, step: int, rank: int | None = None) -> Path:
+    """The file of the optimizers' state after a step; ``rank``: of one process, as nanochat wrote it since November."""
+    return folder / (f"optim_{step:06d}.pt" if rank is None else f"optim_{step:06d}_rank{rank}.pt")
+
+
+def optimizer_files(folder: Path, step: int) -> list[Path]:
+    """The files of the optimizers' state after a step, those of several processes by rank; none if there are none.
+
+    CheckpointError if a rank is missing among them, or two kinds lie side by side.
+    """
+    single = optimizer_file(folder, step)
+    ranked = re.compile(rf"{single.stem}_rank(\d+)\.pt")
+    ranks = {int(match[1]): p for p in folder.iterdir() if (match := ranked.fullmatch(p.name))}
+    if not ranks:
+        return [single] if single.is_file() else []
+    if single.is_file():
+        raise CheckpointError(
+            f"{folder} holds both {single.name} and {ranks[min(ranks)].name}; keep one of them"
+        )
+    for rank in range(max(ranks)):
+        if rank not in ranks:
+            missing = optimizer_file(folder, step, rank).name
+            raise CheckpointError(f"{folder}: {missing} is missing beside {ranks[max(ranks)].name}")
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of a model's folder is: below nanochat's own folder, or beside the weights."""
     above = folder.absolute().parent

@@ -7,7 +7,7 @@ presets nanochat and nanochat2026.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from plait.config.errors import CheckpointError, ConfigError
 from plait.config.explain import show
+from plait.config.originals import nanochat2026
 from plait.config.originals.nanochat import model_section
+from plait.config.originals.nanochat2026 import short_window
 from plait.config.schema import LayerConfig, ModelConfig
 from plait.formats.foreign import Settings, Tensors
 from plait.nn.mlp import mlp_width
 
 SYSTEM = "nanochat"
-_PAD = 64  # July pads its tables to a multiple of it
-_TILE = 128  # July's short windows are multiples of it
 _WINDOWS = "SSSL"
 
 
@@ -46,7 +46,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_embd": given.count("n_embd", 768),
     }
     if july:
-        section = _july_section(gpt, given.get("window_pattern"))
+        section = _section(nanochat2026.model_section, gpt, given.get("window_pattern"))
     else:
         hybrid = {
             "block_pattern": given.get("block_pattern"),
@@ -55,39 +55,16 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "mamba_expand": given.number("mamba_expand", 2),
             "mamba_use_mlp": given.flag("mamba_use_mlp", False),
         }
-        try:
-            section = model_section(gpt | hybrid)
-        except ConfigError as error:
-            raise CheckpointError(f"{SYSTEM}: {error}") from None
+        section = _section(model_section, gpt | hybrid)
     given.close()
     return section
 
 
-def _july_section(gpt: Mapping[str, Any], windows: Any) -> dict[str, Any]:
-    if not isinstance(windows, str) or not windows or set(windows.upper()) - set("SL"):
-        raise CheckpointError(f"{SYSTEM}: window_pattern is {show(windows)}; it must be letters S and L")
-    n_layer = gpt["n_layer"]
-    letters = [windows.upper()[i % len(windows)] for i in range(n_layer - 1)] + ["L"]
-    sizes = {
-        "S": _short(gpt["sequence_len"]) + 1,
-        "L": gpt["sequence_len"] + 1,
-    }  # ours count the token itself
-    return {
-        "preset": "nanochat2026",
-        "d_model": gpt["n_embd"],
-        "n_layer": n_layer,
-        "pattern": [
-            {"mixer": "attention", "window": sizes[letter], "value_embedding": i % 2 == (n_layer - 1) % 2}
-            for i, letter in enumerate(letters)
-        ],
-        "attention": {"n_head": gpt["n_head"], "n_kv_head": gpt["n_kv_head"]},
-        "vocab_size": gpt["vocab_size"],
-    }
-
-
-def _short(sequence_len: int) -> int:
-    """Tokens to the left in a short window: a quarter of the sequence, rounded up to whole tiles."""
-    return -(-sequence_len // (4 * _TILE)) * _TILE
+def _section(make: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    try:
+        return make(*given)
+    except ConfigError as error:
+        raise CheckpointError(f"{SYSTEM}: {error}") from None
 
 
 def gpt_config(config: ModelConfig, sequence_len: int) -> dict[str, Any]:
@@ -130,7 +107,7 @@ def gpt_config(config: ModelConfig, sequence_len: int) -> dict[str, Any]:
 
 
 def _letters(windows: Sequence[int | None], sequence_len: int) -> str:
-    letters = "".join("S" if window == _short(sequence_len) + 1 else "L" for window in windows)
+    letters = "".join("S" if window == short_window(sequence_len) + 1 else "L" for window in windows)
     usual = _WINDOWS * len(letters)
     return _WINDOWS if letters[:-1] == usual[: len(letters) - 1] else letters
 
@@ -271,7 +248,7 @@ def to_ours(found: Tensors, config: ModelConfig) -> dict[str, Tensor]:
     """nanochat's tensors under our names, in float32; CheckpointError if one is missing, misshapen or left over."""
     made: dict[str, Tensor] = {}
     for link in links(config):
-        made |= _dealt([found.take(name, *shape).float() for name, shape in link.theirs], link.ours)
+        made |= dealt([found.take(name, *shape).float() for name, shape in link.theirs], link.ours)
     found.close()
     return made
 
@@ -280,11 +257,12 @@ def to_theirs(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     """Our tensors under nanochat's names, in its order, in float32."""
     made: dict[str, Tensor] = {}
     for link in links(config):
-        made |= _dealt([tensors[name].detach().float().cpu() for name, _ in link.ours], link.theirs)
+        made |= dealt([tensors[name].detach().float().cpu() for name, _ in link.ours], link.theirs)
     return made
 
 
-def _dealt(tensors: Sequence[Tensor], among: Sequence[Shaped]) -> dict[str, Tensor]:
+def dealt(tensors: Sequence[Tensor], among: Sequence[Shaped]) -> dict[str, Tensor]:
+    """The numbers of some tensors, one after another, as tensors of other names and shapes."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     sizes = [torch.Size(shape).numel() for _, shape in among]
     parts = zip(among, flat.split(sizes), strict=True)

@@ -1,4 +1,6 @@
-"""Decoding on a GPU from CUDA graphs: the launches of a whole step are recorded once and then started as one.
+"""Decoding from a recording: what a whole step does is recorded once and then started as one.
+
+On a GPU that is a CUDA graph; on a CPU a list of kernels and operations (`cpu_capture`).
 
 One token a sequence, from buffers whose addresses never change: ids, the cache's states and positions, logits. In a
 step the host does nothing but count, and waits for nothing. A graph reads attention's past up to a bound
@@ -10,10 +12,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache as once
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from plait.config.lazy import load_object
 from plait.mixers.constants import Table, held
 from plait.models.cache import Cache
 from plait.models.model import Model
@@ -36,7 +40,7 @@ class StepGraphs:
     def __init__(self, model: Model, cache: Cache, capture: Capture | None = None) -> None:
         self._model = model
         self._cache = cache
-        self._capture = capture or CudaCapture()
+        self._capture = capture or capture_on(model.device)
         self._grows = any(m.state_bytes(1, 128) != m.state_bytes(1, 64) for m in model.mixers)
         self._ids = torch.zeros(cache.n_seq, 1, dtype=torch.int64, device=model.device)
         self._logits: Tensor | None = None
@@ -103,15 +107,26 @@ class CudaCapture:
         return graph.replay
 
 
+def capture_on(device: torch.device) -> Capture:
+    """What records on a device."""
+    if device.type == "cuda":
+        return CudaCapture()
+    # loaded when needed: it needs Numba
+    made: Capture = load_object("plait.inference.cpu_capture:CpuCapture")()
+    return made
+
+
 def usable(model: Model, steps: int) -> bool:
-    """Whether so many steps of a model are worth recording here: it is on a CUDA device, and outside of autocast.
+    """Whether so many steps of a model are worth recording here: on a GPU or a CPU with kernels, outside of autocast.
 
     Autocast keeps narrow copies of the weights of its own, which do not outlive its block.
     """
-    return model.device.type == "cuda" and steps >= WORTHWHILE and not torch.is_autocast_enabled("cuda")
+    device = model.device.type
+    records = device == "cuda" or (device == "cpu" and find_spec("numba") is not None)
+    return records and steps >= WORTHWHILE and not torch.is_autocast_enabled(device)
 
 
 @once
 def say_why_not(reason: str) -> None:
-    """Warn, once for each reason, that steps run without graphs."""
-    warnings.warn(f"decoding runs without CUDA graphs, so it is slower: {reason}", stacklevel=2)
+    """Warn, once for each reason, that steps run without a recording."""
+    warnings.warn(f"decoding runs without recorded steps, so it is slower: {reason}", stacklevel=2)

@@ -126,9 +126,12 @@ def sample(
     ``uniform`` (S,) is needed unless greedy, ``seen`` (S, V; bool) for a repetition penalty. A row whose
     logits are not finite gives ``INVALID`` and no token: the caller, who reads the tokens anyway, raises.
     """
+    if sampling.greedy and not sampling.penalizes:
+        greatest, ids = logits.max(-1)
+        return _or_invalid(ids, greatest)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    broken = ~logits.amax(-1).isfinite()  # the maximum of anything with a NaN is NaN
+    greatest = logits.amax(-1)
     if sampling.penalizes:
         assert seen is not None
         logits = penalize(logits, seen, sampling.repetition_penalty)
@@ -137,7 +140,15 @@ def sample(
     else:
         assert uniform is not None
         ids = draw(shape_distribution(logits, sampling), uniform)
-    return ids.masked_fill(broken, INVALID)
+    return _or_invalid(ids, greatest)
+
+
+def _or_invalid(ids: Tensor, greatest: Tensor) -> Tensor:
+    """ids (S,), INVALID where the greatest logit (S,) is not finite; that of anything with a NaN is NaN.
+
+    In few operations: each is a kernel of every step. A number is finite if it leaves nothing less itself.
+    """
+    return torch.where(greatest - greatest == 0, ids, INVALID)
 
 
 class Uniforms:

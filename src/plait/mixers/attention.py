@@ -11,12 +11,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
-from plait.mixers.contract import Layout, Mixer, State, linear_flops
+from plait.mixers.contract import Layout, Mixer, State, linear_flops, one_each
 from plait.mixers.value_embedding import ValueEmbedding
+from plait.nn.joined import joins, project
 from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.rope import apply_rope
 from plait.ops.attention import attention, cached_attention
@@ -150,23 +151,36 @@ class Attention(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, layout: Layout, state: State) -> Tensor:
         """Write only the new keys and values where no slot is written twice, then read the buffers."""
-        q, k, v = self._project(x, layout)
+        return self.out_proj(self._step(*self._project(x, layout), layout, state))
+
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module, layout: Layout, state: State) -> Tensor:
+        """See the contract; the projections of one token of each sequence are joined with norm and residual."""
+        joined = self.value_embedding is None and joins(x, norm, self.in_proj, self.out_proj)
+        if not (joined and one_each(x, layout, state)):
+            return super().step_residual(x, norm, layout, state)
+        rows = x[:, 0]
+        heads = self._heads(project(rows, self.in_proj, norm)[:, None], None, layout)
+        return project(self._step(*heads, layout, state)[:, 0], self.out_proj, residual=rows)[:, None]
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: State) -> Tensor:
+        """What the output projection is given (..., H P); the state is updated in place."""
         # a ring smaller than the window holds all tokens there will ever be: no slot is written twice
         wraps = self.window is not None and state["k"].shape[1] >= self.window
         if wraps and layout.max_new != 1:
             y = self._attend_past(q, k, v, layout, state)
             for name, t in (("k", k), ("v", v)):
                 state[name].copy_(_append(state[name], t, layout, state[name].shape[1]))
-            return self.out_proj(y.flatten(-2))
+            return y.flatten(-2)
         rows = layout.seq_index
         if rows is None:
-            rows = torch.arange(layout.n_seq, device=x.device)[:, None]
+            rows = torch.arange(layout.n_seq, device=q.device)[:, None]
         for name, t in (("k", k), ("v", v)):
             buffer = state[name]
             slot = layout.positions.remainder(max(1, buffer.shape[1]))
             where = (rows, slot if layout.seq_index is None else slot[0])
             buffer.index_put_(where, (t if layout.seq_index is None else t[0]).to(buffer.dtype))
-        return self.out_proj(self._read(q, state["k"], state["v"], layout).flatten(-2))
+        return self._read(q, state["k"], state["v"], layout).flatten(-2)
 
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Projections, and two products of each query with the keys it sees."""
@@ -180,10 +194,17 @@ class Attention(Mixer):
         return n_new * (linear_flops(self) + gate) + 4 * seen * self.n_head * self.headdim
 
     def _project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.in_proj(x).unflatten(-1, (-1, self.headdim))
+        added = None if self.value_embedding is None else self.value_embedding(x, layout.ids)
+        return self._heads(self.in_proj(x), added, layout)
+
+    def _heads(
+        self, projected: Tensor, added: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (..., H or Hk, P); ``added`` to the values."""
+        heads = projected.unflatten(-1, (-1, self.headdim))
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], -2)
-        if self.value_embedding is not None:
-            v = v + self.value_embedding(x, layout.ids)
+        if added is not None:
+            v = v + added
         return self._positioned(q, layout), self._positioned(k, layout), v
 
     def _positioned(self, x: Tensor, layout: Layout) -> Tensor:

@@ -2,11 +2,18 @@
 
     y, state = mixer(x, layout, state=None)    pure and differentiable, for training
     y        = mixer.step(x, layout, state)    the same numbers; updates the state in place, no autograd
+    x        = mixer.step_residual(x, norm, layout, state)    x + step(norm(x)), which a mixer may compute as one
     state    = mixer.init_state(n_seq, capacity)
 
 ``state=None`` means: begin with nothing and return None. Given a state, forward returns the state after each
 sequence's last token as new tensors and leaves the given one as it was. A mixer never sees a pad, keeps no
 cache and reads no number from the device.
+
+Decoding spends its time on reading weights and starting kernels, so a block with a norm before and a residual after its
+mixer hands it both: ``step_residual``. The default calls norm and step one after the other and serves every mixer. One
+that overrides it asks ``one_each`` and ``plait.nn.joined.joins`` whether its joined kernels mean the same here (one new
+token a sequence; plain maps and norms; no autocast, no compiler), and otherwise returns the default's result. The two
+ways agree up to rounding, and tests hold them to that.
 """
 
 from __future__ import annotations
@@ -22,12 +29,17 @@ from plait.mixers.layout import Layout
 from plait.mixers.state import State
 from plait.nn.roles import Role
 
-__all__ = ["Layout", "Mixer", "Options", "State", "state_dtype"]
+__all__ = ["Layout", "Mixer", "Options", "State", "one_each", "state_dtype"]
 
 
 def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a recurrent state in a model of ``dtype``: float32, or float64 in a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def one_each(x: Tensor, layout: Layout, state: State) -> bool:
+    """Whether x (S, 1, d) is one new token of every sequence, and the state lies as kernels that change it want."""
+    return layout.cu_seqlens is None and x.shape[1] == 1 and all(t.is_contiguous() for t in state.values())
 
 
 class Mixer(nn.Module):
@@ -64,6 +76,11 @@ class Mixer(nn.Module):
         assert new is not None
         state.write(new)
         return y
+
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module, layout: Layout, state: State) -> Tensor:
+        """x + step(norm(x)) as a new tensor: the mixer's half of a block with a norm before it and a residual."""
+        return x + self.step(norm(x), layout, state)
 
     def init_state(
         self,

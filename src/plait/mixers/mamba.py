@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from plait.config.errors import ConfigError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.constants import constant, decay_rates
-from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
+from plait.mixers.contract import Layout, Mixer, State, linear_flops, one_each, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
+from plait.nn.joined import convolves, joins, plain, project, project_convolved
 from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.roles import MATRIX, VECTOR_FP32
 from plait.ops.causal_conv1d import causal_conv1d
+from plait.ops.causal_conv1d_update import causal_conv1d_update
 from plait.ops.selective_scan import selective_scan
+from plait.ops.selective_state_update import selective_state_update
 
 
 class Options(MixerOptions):
@@ -205,6 +208,46 @@ class Mamba(Mixer):
         # under autocast the convolution ran in a lower precision than its state is kept in
         return y, None if state is None else State(conv=conv.to(state["conv"].dtype), ssm=ssm)
 
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module, layout: Layout, state: State) -> Tensor:
+        """See the contract; one token of each sequence in four kernels on a GPU."""
+        maps = [self.in_proj, self.out_proj, *([] if self.separate else [self.x_proj])]
+        own = plain(self.dt_proj, nn.Linear if self.separate else TimeStep) and plain(self.conv1d, nn.Conv1d)
+        if not (own and one_each(x, layout, state) and joins(x, norm, *maps)):
+            return super().step_residual(x, norm, layout, state)
+        rows = x[:, 0]
+        if convolves(x):
+            u, z = project_convolved(rows, self.in_proj, norm, 0, state["conv"], self.conv1d).chunk(2, -1)
+        else:
+            u, z = project(rows, self.in_proj, norm).chunk(2, -1)
+            taps = self.conv1d.weight.squeeze(1)
+            u = causal_conv1d_update(u, state["conv"], taps, self.conv1d.bias, activation="silu")
+        dt_weight: Tensor | None = None
+        if self.separate:
+            dt, B, C, dt_bias = self._selection(u)
+        else:
+            dt, B, C = project(u, self.x_proj).split(self.widths, -1)
+            dt_bias = self._scaled(self.dt_proj.bias)
+            if self.full_rank:
+                dt = self.dt_proj(u)
+            else:
+                dt_weight = self.dt_proj.weight
+        gated = self.options.gate == "silu"
+        y = selective_state_update(
+            u,
+            dt,
+            constant(self.A_log, decay_rates),
+            B,
+            C,
+            self.D,
+            state["ssm"],
+            z=z if gated else None,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+            dt_weight=dt_weight,
+        )
+        return project(y if gated else y * z, self.out_proj, residual=rows)[:, None]
+
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Projections, convolution, and the recurrence: decay, update and read of every state element."""
         dt = 0 if self.separate else 2 * self.d_inner * self.dt_rank  # a linear map only if it is separate
@@ -219,5 +262,8 @@ class Mamba(Mixer):
         else:
             low, B, C = self.x_proj(u).split(self.widths, -1)
             dt, bias = self.dt_proj(u if self.full_rank else low), self.dt_proj.bias
+        return dt, B, C, self._scaled(bias)
+
+    def _scaled(self, bias: Tensor) -> Tensor:
         scale = self.options.dt_bias_scale
-        return dt, B, C, bias if scale == 1 else bias * scale
+        return bias if scale == 1 else bias * scale

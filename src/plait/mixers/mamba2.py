@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from plait.config.errors import BuildError
 from plait.config.options import Options as MixerOptions
 from plait.mixers.constants import constant, decay_rates
-from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
+from plait.mixers.contract import Layout, Mixer, State, linear_flops, one_each, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
+from plait.nn.joined import convolves, joins, plain, project, project_convolved
 from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
 from plait.ops.causal_conv1d import causal_conv1d
 from plait.ops.ssd import ssd
+from plait.ops.ssd_update import ssd_update
 
 
 class Options(MixerOptions):
@@ -137,9 +139,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, layout: Layout, state: State | None = None) -> tuple[Tensor, State | None]:
         """See the contract."""
-        mlp_gate, mlp_x, z, xbc, dt = self.in_proj(x).split(
-            [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xbc, self.n_head], -1
-        )
+        mlp_gate, mlp_x, z, xbc, dt = self.in_proj(x).split(self._parts(), -1)
         xbc, conv = causal_conv1d(
             xbc,
             self.conv1d.weight.squeeze(1),
@@ -151,14 +151,13 @@ class Mamba2(Mixer):
         )
         states = self.ngroups * self.d_state
         v, B, C = xbc.split([self.d_ssm, states, states], -1)
-        D = self.D.unflatten(0, (self.n_head, self.headdim)) if self.options.D_has_hdim else self.D
         y, ssm = ssd(
             v.unflatten(-1, (self.n_head, self.headdim)),
             dt,
             constant(self.A_log, decay_rates),
             B.unflatten(-1, (self.ngroups, self.d_state)),
             C.unflatten(-1, (self.ngroups, self.d_state)),
-            D,
+            self._skip(),
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
@@ -173,6 +172,50 @@ class Mamba2(Mixer):
         y = self.out_proj(y)
         # autocast may have made the convolution's input narrower than the state is
         return y, None if state is None else State(conv=conv.to(state["conv"].dtype), ssm=ssm)
+
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module, layout: Layout, state: State) -> Tensor:
+        """See the contract; one token of each sequence in three kernels, its norm joined with the output projection."""
+        own = plain(self.conv1d, nn.Conv1d) and (self.norm is None or plain(self.norm, RMSNorm))
+        if not (own and one_each(x, layout, state) and joins(x, norm, self.in_proj, self.out_proj)):
+            return super().step_residual(x, norm, layout, state)
+        rows, last = x[:, 0], self.norm
+        conv: tuple[Tensor | None, ...] = (None, None, None)
+        if convolves(x):
+            first = 2 * self.d_mlp + self.d_ssm
+            projected = project_convolved(rows, self.in_proj, norm, first, state["conv"], self.conv1d)
+        else:
+            projected = project(rows, self.in_proj, norm)
+            conv = state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias
+        mlp_gate, mlp_x, z, xbc, dt = projected.split(self._parts(), -1)
+        gate_first = last is None or not last.norm_before_gate
+        y = ssd_update(
+            z if gate_first else None,
+            xbc,
+            dt,
+            conv[0],
+            state["ssm"],
+            conv[1],
+            conv[2],
+            constant(self.A_log, decay_rates),
+            self._skip(),
+            self.dt_bias,
+            ngroups=self.ngroups,
+            dt_limit=self.dt_limit,
+        )
+        if last is not None and not gate_first:
+            y, last = last(y, z), None
+        if self.d_mlp:
+            y, last = torch.cat([F.silu(mlp_gate) * mlp_x, y if last is None else last(y)], -1), None
+        return project(y, self.out_proj, last, residual=rows)[:, None]
+
+    def _parts(self) -> list[int]:
+        """Columns of the input projection: gate and values of the MLP, z, what is convolved, dt."""
+        return [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xbc, self.n_head]
+
+    def _skip(self) -> Tensor:
+        """D (H,) or (H, P)."""
+        return self.D.unflatten(0, (self.n_head, self.headdim)) if self.options.D_has_hdim else self.D
 
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Projections, convolution, and the recurrence: decay, update and read of every state element."""

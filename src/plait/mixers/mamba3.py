@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from plait.config.errors import BuildError, ConfigError
 from plait.config.options import Options as MixerOptions
-from plait.mixers.contract import Layout, Mixer, State, linear_flops, state_dtype
+from plait.mixers.contract import Layout, Mixer, State, linear_flops, one_each, state_dtype
 from plait.mixers.timestep import inverse_softplus_dt
+from plait.nn.joined import joins, project
 from plait.nn.linear import LinearSpec, make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.roles import VECTOR_FP32
@@ -163,9 +164,24 @@ class Mamba3(Mixer):
 
     def forward(self, x: Tensor, layout: Layout, state: State | None = None) -> tuple[Tensor, State | None]:
         """See the contract."""
-        z, v, B, C, dd_dt, dd_A, trap, angles = self.in_proj(x).split(self.widths, -1)
+        y, new = self._mix(self.in_proj(x), layout, state)
+        return self.out_proj(y), None if state is None else new
+
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module, layout: Layout, state: State) -> Tensor:
+        """See the contract; the projections of one token of each sequence are joined with norm and residual."""
+        if not (one_each(x, layout, state) and joins(x, norm, self.in_proj, self.out_proj)):
+            return super().step_residual(x, norm, layout, state)
+        rows = x[:, 0]
+        y, new = self._mix(project(rows, self.in_proj, norm)[:, None], layout, state)
+        state.write(new)
+        return project(y[:, 0], self.out_proj, residual=rows)[:, None]
+
+    def _mix(self, projected: Tensor, layout: Layout, state: State | None) -> tuple[Tensor, State]:
+        """From the input projection (..., sum(widths)) to what the output projection is given (..., E)."""
+        z, v, B, C, dd_dt, dd_A, trap, angles = projected.split(self.widths, -1)
         # pointwise, or a sum along time: in float32 whatever the model's dtype; autocast does not touch it
-        wide = state_dtype(x.dtype)
+        wide = state_dtype(projected.dtype)
         dt = F.softplus(dd_dt.to(wide) + self.dt_bias.to(wide))
         turn = math.pi * torch.tanh(angles.to(wide)).unsqueeze(-2) * dt.unsqueeze(-1)
         theta, angle = cumulative_angle(
@@ -188,8 +204,7 @@ class Mamba3(Mixer):
             cu_seqlens=layout.cu_seqlens,
             max_len=layout.max_new,
         )
-        y = self.out_proj(self._gated(o, z))
-        return y, None if state is None else State(angle=angle, ssm=ssm, k=k, v=last)
+        return self._gated(o, z), State(angle=angle, ssm=ssm, k=k, v=last)
 
     def flops(self, n_new: int, n_past: int = 0) -> int:
         """Projections, and the recurrence: decay of every state element, update and read by every rank."""

@@ -15,6 +15,7 @@ from plait.mixers.contract import Layout, Mixer, State
 from plait.nn.mlp import MLP
 from plait.nn.norm import add_and_norm, make_norm, norm_for_products
 from plait.nn.roles import VECTOR_FP32, Role
+from plait.ops.chunks import autocast_dtype
 
 
 class InputMix(nn.Module):
@@ -108,13 +109,21 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, layout: Layout, state: State, embedded: Tensor | None = None) -> Tensor:
-        """The same numbers; the mixer's state is updated in place."""
-        return self._run(x, lambda h: self.mixer.step(h, layout, state), embedded)
+        """The same numbers; the mixer's state is updated in place, and norms and residuals are joined with maps."""
+        drops = self.dropout.p > 0 and self.training
+        if not self.residual or self.place == "post" or drops or autocast_dtype(x) != x.dtype:
+            return self._run(x, lambda h: self.mixer.step(h, layout, state), embedded)
+        x = self.mixer.step_residual(self._mixed_input(x, embedded), self.norm1, layout, state)
+        return x if self.mlp is None else self.mlp.step_residual(x, self.norm2)
+
+    def _mixed_input(self, x: Tensor, embedded: Tensor | None) -> Tensor:
+        if self.input_mix is None:
+            return x
+        assert embedded is not None
+        return self.input_mix(x, embedded)
 
     def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor], embedded: Tensor | None) -> Tensor:
-        if self.input_mix is not None:
-            assert embedded is not None
-            x = self.input_mix(x, embedded)
+        x = self._mixed_input(x, embedded)
         if self.place == "pre":
             return self._pre_norm(x, mix)
         y = self._added(x, self.dropout(mix(x)))

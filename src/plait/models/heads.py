@@ -14,10 +14,14 @@ from plait.config.schema import HeadConfig, NormConfig
 from plait.mixers.layout import Layout
 from plait.models.linear_loss import linear_cross_entropy, pays
 from plait.models.loss import cross_entropy
+from plait.nn.joined import joins, plain, project
 from plait.nn.linear import make_linear
 from plait.nn.mlp import ACTIVATIONS
 from plait.nn.norm import make_norm
 from plait.nn.roles import UNEMBEDDING, VECTOR
+
+FEW = 64
+"""Tokens that a step is given at most for its kernels to be worth it."""
 
 
 class Unembedding(nn.Module):
@@ -95,7 +99,19 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> logits (..., vocab_size), or (..., rows) if padding counts."""
-        logits = self.unembedding(self._transformed(hidden))
+        return self._capped(self.unembedding(self._transformed(hidden)))
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, norm: nn.Module) -> Tensor:
+        """The same of norm(hidden), without a gradient; for a few tokens norm and map are one kernel."""
+        last, few = self.unembedding, hidden.numel() <= FEW * hidden.shape[-1]
+        joined = few and self.activation is None and plain(self, LMHead) and plain(last, Unembedding)
+        if not joined or not joins(hidden, norm) or last.weight.dtype != hidden.dtype:
+            return self(norm(hidden))
+        rows = project(hidden.flatten(0, -2), last, norm)
+        return self._capped(rows.view(*hidden.shape[:-1], rows.shape[1]))
+
+    def _capped(self, logits: Tensor) -> Tensor:
         if logits.shape[-1] != self.vocab_size and not self.padded:
             logits = logits[..., : self.vocab_size]
         if self.softcap is not None:  # in float32: near the cap bfloat16 cannot tell neighbours apart

@@ -189,11 +189,12 @@ class Model(nn.Module):
             y: Tensor = part.step(x, entry.layout, cache.states[place], *more)
             return y
 
-        x = self._trunk(entry, None, run)
+        x = self._body(entry, None, run)
         cache.advance(entry.lengths, entry.layout.lengths)
         if last_only:
-            return self.head(pool(x, entry.layout, "last"))[..., : self.vocab_size]
-        return entry.restore_pads(self.head(x)[..., : self.vocab_size])
+            x = pool(x, entry.layout, "last")
+            return self.head.step(x, self.final_norm)[..., : self.vocab_size]
+        return entry.restore_pads(self.head.step(x, self.final_norm)[..., : self.vocab_size])
 
     def new_cache(self, n_seq: int, capacity: int) -> Cache:
         """An empty cache for ``n_seq`` sequences of at most ``capacity`` tokens each."""
@@ -256,7 +257,12 @@ class Model(nn.Module):
             )
 
     def _trunk(self, entry: Entry, token_types: Tensor | None, run: Callable[..., Tensor]) -> Tensor:
-        """From tokens to the hidden states before the head: (S, T, d) or (1, n, d).
+        """From tokens to the hidden states before the head: (S, T, d) or (1, n, d)."""
+        hidden: Tensor = self.final_norm(self._body(entry, token_types, run))
+        return hidden
+
+    def _body(self, entry: Entry, token_types: Tensor | None, run: Callable[..., Tensor]) -> Tensor:
+        """From tokens to what the final norm is given.
 
         ``run(part, place, x, ...)`` sends x through a block or the smear, whose state is in that place of the cache.
         """
@@ -269,10 +275,7 @@ class Model(nn.Module):
             x = run(block, index, x, embedded)
             if self.backout is not None and index == self.backout.after:
                 middle = x
-        if self.backout is not None:
-            x = self.backout(x, middle)
-        hidden: Tensor = self.final_norm(x)
-        return hidden
+        return x if self.backout is None else self.backout(x, middle)
 
     def _finish(self, hidden: Tensor, entry: Entry, labels: Tensor | None, logits: bool) -> Output:
         out = Output(hidden=entry.restore_pads(hidden))

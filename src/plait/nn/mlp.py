@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.config.schema import MLPConfig
+from plait.nn.joined import joins, project
 from plait.nn.linear import LinearSpec, make_linear
 
 
@@ -49,11 +51,21 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_model)."""
-        hidden = self.fc1(x)
+        return self.fc2(self._activated(self.fc1(x)))
+
+    @torch.no_grad()
+    def step_residual(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x + self(norm(x)) without a gradient; for one token a sequence, x (S, 1, d_model), in joined kernels."""
+        if x.shape[1] != 1 or not joins(x, norm, self.fc1, self.fc2):
+            return x + self(norm(x))
+        rows = x[:, 0]
+        return project(self._activated(project(rows, self.fc1, norm)), self.fc2, residual=rows)[:, None]
+
+    def _activated(self, hidden: Tensor) -> Tensor:
         if self.kind == "swiglu":
             value, gate = hidden.chunk(2, dim=-1)
-            return self.fc2(value * F.silu(gate))
-        return self.fc2(ACTIVATIONS[self.kind](hidden))
+            return value * F.silu(gate)
+        return ACTIVATIONS[self.kind](hidden)
 
     def residual_weights(self) -> list[Tensor]:
         """The weights that write into the residual stream; depth-scaled at initialisation."""

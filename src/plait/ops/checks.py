@@ -23,6 +23,20 @@ def check_dims(op: str, name: str, given: Tensor, letters: str) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(given.shape)}, expected ({letters})")
 
 
+def check_contiguous(op: str, name: str, given: Tensor) -> None:
+    """Raise ValueError unless `given`, which is changed in place, lies in memory without gaps and in order."""
+    if not given.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} has strides {given.stride()}, but is changed in place: give a contiguous tensor"
+        )
+
+
+def check_no_gradient(op: str, *given: Tensor | None) -> None:
+    """Raise ValueError where autograd would expect a gradient of an op that has none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        raise ValueError(f"{op}: it has no gradient, it is for decoding: call it under torch.no_grad()")
+
+
 def check_packing(op: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> int:
     """Check cu_seqlens (S+1,) and max_len against x (S, T, ...) or (1, n, ...); return S.
 

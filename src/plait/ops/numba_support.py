@@ -14,11 +14,8 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-import os
-import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -32,6 +29,8 @@ from numba.core import cgutils, config
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 from torch import Tensor
+
+from plait.ops.threads import pool as _pool
 
 LANES = 16
 FLAGS = {"contract", "arcp", "nsz", "afn"}
@@ -54,8 +53,6 @@ def run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
     """Call kernel(first, last, *args) until all tasks are done, on as many threads as torch uses.
 
     `work` is the number of elements in all. Tasks write to places of their own, so their order changes no number.
-    The threads are Python's, without the interpreter's lock while they compute: nothing to link, and a forked child
-    starts its own.
     """
     variant = (kernel, *map(_kind, args))
     if variant not in _ready:
@@ -65,7 +62,7 @@ def run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
     if threads <= 1:
         kernel(0, tasks, *args)
         return
-    grain = max(1, tasks // (8 * threads))
+    grain = max(1, tasks // (4 * threads))
     # taking the next range is one call under the interpreter's lock, so no two threads get the same one
     todo = itertools.chain(range(0, tasks, grain))
 
@@ -73,10 +70,7 @@ def run(kernel: Any, tasks: int, work: int, *args: Any) -> None:
         for begin in todo:
             kernel(begin, min(begin + grain, tasks), *args)
 
-    others = [_pool().submit(work_on) for _ in range(threads - 1)]
-    work_on()
-    for other in others:
-        other.result()
+    _pool().submit(work_on)
 
 
 def flat(x: Tensor) -> np.ndarray:
@@ -137,15 +131,6 @@ def _compile(kernel: Any, args: tuple[Any, ...]) -> None:
 @cache
 def _say_compiling() -> None:
     _log.warning("compiling CPU kernels, once per machine")
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="plait-cpu")
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class _VecType(types.Type):

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+from numba.np import arrayobj
 
 from plait.ops.numba_support import LANES, splat
 
@@ -176,41 +177,63 @@ def tile_turn(typing: Any, tile: Any) -> Any:
     return tile(tile), generate
 
 
+def _add_inner(context: Any, builder: Any, kind: Any, array: Any, index: Any, rows: list[list[Any]]) -> None:
+    """array[index + r] += the sum over the lanes of the products of the pairs of vectors in rows[r]."""
+
+    def shuffle(a: Any, b: Any, places: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(places)), places))
+
+    sums = []
+    for pairs in rows:
+        total = builder.fmul(*pairs[0])
+        for left, right in pairs[1:]:
+            total = _fma(builder, left, right, total)
+        sums.append(total)
+    # two rows at a time into one vector: lane j keeps the row that its low bits name
+    bit = 1
+    while len(sums) > 1:
+        own = [j + LANES if j & bit else j for j in range(LANES)]
+        other = [place ^ bit for place in own]
+        sums = [
+            builder.fadd(shuffle(a, b, own), shuffle(a, b, other))
+            for a, b in zip(sums[::2], sums[1::2], strict=True)
+        ]
+        bit *= 2
+    total, count = sums[0], LANES
+    while count > len(rows):
+        count //= 2
+        low, high = list(range(count)), list(range(count, 2 * count))
+        total = builder.fadd(shuffle(total, total, low), shuffle(total, total, high))
+    address = _at(context, builder, kind, array, index)
+    _store(builder, builder.fadd(_load(builder, address, total.type), total), address)
+
+
 @intrinsic
 def tile_dots(typing: Any, array: Any, index: Any, tile: Any, row: Any) -> Any:
     """array[index + r] += the inner product of tile_r and row, for every row r (a power of two of them)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def shuffle(a: Any, b: Any, places: list[int]) -> Any:
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(places)), places))
-
         vectors, across = tile_unpack(builder, args[2]), tile_unpack(builder, args[3])
-        sums = []
-        for r in range(tile.rows):
-            total = builder.fmul(vectors[r * tile.vectors], across[0])
-            for v in range(1, tile.vectors):
-                total = _fma(builder, vectors[r * tile.vectors + v], across[v], total)
-            sums.append(total)
-        # two rows at a time into one vector: lane j keeps the row that its low bits name
-        bit = 1
-        while len(sums) > 1:
-            own = [j + LANES if j & bit else j for j in range(LANES)]
-            other = [place ^ bit for place in own]
-            sums = [
-                builder.fadd(shuffle(a, b, own), shuffle(a, b, other))
-                for a, b in zip(sums[::2], sums[1::2], strict=True)
-            ]
-            bit *= 2
-        total, count = sums[0], LANES
-        while count > tile.rows:
-            count //= 2
-            low, high = list(range(count)), list(range(count, 2 * count))
-            total = builder.fadd(shuffle(total, total, low), shuffle(total, total, high))
-        address = _at(context, builder, signature.args[0], args[0], args[1])
-        _store(builder, builder.fadd(_load(builder, address, total.type), total), address)
+        pairs = [(vector, across[i % tile.vectors]) for i, vector in enumerate(vectors)]
+        rows = [pairs[i : i + tile.vectors] for i in range(0, len(pairs), tile.vectors)]
+        _add_inner(context, builder, signature.args[0], args[0], args[1], rows)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, tile, row), generate
+
+
+@intrinsic
+def tile_inner(typing: Any, array: Any, index: Any, left: Any, right: Any) -> Any:
+    """array[index + r] += the inner product of row r of both tiles, for every row r (a power of two of them)."""
+    assert left == right, (left, right)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pairs = list(zip(tile_unpack(builder, args[2]), tile_unpack(builder, args[3]), strict=True))
+        rows = [pairs[i : i + left.vectors] for i in range(0, len(pairs), left.vectors)]
+        _add_inner(context, builder, signature.args[0], args[0], args[1], rows)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, left, right), generate
 
 
 def _widen(builder: Any, value: Any, float32: bool) -> Any:
@@ -297,3 +320,46 @@ def prefetch(typing: Any, array: Any, index: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp), generate
+
+
+def _borrowed(context: Any, builder: Any, kind: Any, data: Any, count: Any) -> Any:
+    """Code for `count` elements from `data` on, as an array that nobody counts the users of."""
+    array = arrayobj.make_array(kind)(context, builder)
+    size = context.get_constant(types.intp, kind.dtype.bitwidth // 8)
+    arrayobj.populate_array(array, data, [count], [size], size, meminfo=None)
+    return array._getvalue()
+
+
+@intrinsic
+def borrow(typing: Any, *arrays: Any) -> Any:
+    """The flat arrays themselves, whose users are not counted any more; their owner must outlive them.
+
+    Counting is a locked instruction, for which the processor waits, wherever an array is handed on.
+    """
+    kinds: Any = arrays[0] if len(arrays) == 1 and isinstance(arrays[0], types.BaseTuple) else arrays
+    of = types.Tuple(tuple(kinds))
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = []
+        for i, kind in enumerate(of):
+            array = context.make_array(kind)(context, builder, builder.extract_value(args[0], i))
+            made.append(_borrowed(context, builder, kind, array.data, array.nitems))
+        return context.make_tuple(builder, of, made)
+
+    return of(types.StarArgTuple(tuple(kinds))), generate
+
+
+@intrinsic
+def parts(typing: Any, array: Any, counts: Any) -> Any:
+    """Arrays of so many elements each, side by side in `array`, which must outlive them; see `borrow`."""
+    of = types.UniTuple(array, len(counts))
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data, made = context.make_array(array)(context, builder, args[0]).data, []
+        for i in range(len(counts)):
+            count = builder.extract_value(args[1], i)
+            made.append(_borrowed(context, builder, array, data, count))
+            data = builder.gep(data, [count])
+        return context.make_tuple(builder, of, made)
+
+    return of(array, counts), generate

@@ -50,6 +50,20 @@ def place(
 
 
 @triton.jit
+def first_beyond(bounds, sequences, t):
+    """The first packed sequence that ends beyond token t."""
+    low = 0
+    high = sequences
+    while high > low:
+        middle = (low + high) // 2
+        if tl.load(bounds + middle + 1) > t:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@triton.jit
 def bounds_of(bounds, sequence, length, VARLEN: tl.constexpr):
     """First token and end of a sequence in its row."""
     if VARLEN:

@@ -27,6 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SMALL_SHARED_MEMORY = 99 * 1024
 """Bytes of shared memory a program may have on every GPU from Ampere on."""
 DEVICES = ("cpu", "cuda") if INTERPRET.value else ("cuda",)
+_HERE = nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,7 +60,7 @@ def multiprocessors(device: torch.device) -> int:
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which kernels run on x's device: Triton launches on torch's current one."""
     if INTERPRET.value or x.device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
 
 
@@ -75,7 +76,7 @@ class KernelOp:
 
     torch.compile and dispatch modes see the registered ops plait::<name> and plait::<name>_backward (`forward` and
     `backward`, with fakes: `opcheck` them). A plain call goes through a torch.autograd.Function instead, at a fifth of
-    the cost on the host.
+    the cost on the host, or where nothing needs a gradient straight to `forward`.
 
     `forward` and `run_backward` are annotated as torch.library wants it: they take tensors, optional tensors and
     numbers, and return fresh tensors. `save(ctx, inputs, output)` keeps what the gradient needs.
@@ -117,13 +118,15 @@ class KernelOp:
             def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
                 return gradients(ctx, run_backward, *grads)
 
-        self._eager = Eager
+        self._eager, self._direct = Eager, forward
 
     def __call__(self, *args: Any) -> Any:
         """Run forward on positional arguments."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.forward(*args)
-        return self._eager.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return self._eager.apply(*args)
+        return self._direct(*args)
 
 
 def plain_op(
@@ -136,10 +139,18 @@ def plain_op(
 
 
 @triton.jit
-def softplus(v):  # type: ignore[no-untyped-def]
-    """log(1 + exp(v)) to full float32 precision; v itself beyond 20."""
-    e = tl.exp(tl.minimum(v, 20.0))
-    u = 1.0 + e
-    # log1p(e): the rounding of 1 + e is divided out again
-    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.where(v > 20.0, v, small)
+def softplus(x):  # type: ignore[no-untyped-def]
+    """log(1 + exp(x)) to 2e-7 of itself, in fewer instructions than a logarithm takes.
+
+    The polynomial is log(1 + e) / e for 0 <= e <= 1, interpolated at Chebyshev points: 5e-9.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = e * -0.0031760570127516985 + 0.019542526453733444
+    p = p * e - 0.05637361481785774
+    p = p * e + 0.10543623566627502
+    p = p * e - 0.1526966691017151
+    p = p * e + 0.1966327428817749
+    p = p * e - 0.24951615929603577
+    p = p * e + 0.33329710364341736
+    p = p * e - 0.49999892711639404
+    return tl.maximum(x, 0.0) + (p * e + 1.0) * e

@@ -4,6 +4,7 @@
       model.safetensors  config.json  tokenizer/     a model that plait.load reads
       config.yaml                                    the run's config
       trainer.json                                   step, place in the data, time, loss scale, best
+      metadata.json                                  what the caller of train says of it, if anything
       train/optimizer/*.safetensors                  optimizer state by parameter name (torch DCP, reshards)
       train/rng-*.safetensors                        the random number generators of each process
       manifest.json                                  size and sha256 of all of these, written last
@@ -19,7 +20,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,7 +51,7 @@ from plait.training import rng
 from plait.training.distributed import World, whole
 from plait.training.optimizers import Optimizer
 
-TRAINER, TRAIN, OPTIMIZER = "trainer.json", "train", "train/optimizer"
+TRAINER, TRAIN, OPTIMIZER, METADATA = "trainer.json", "train", "train/optimizer", "metadata.json"
 
 
 @dataclass
@@ -76,6 +77,7 @@ def save_checkpoint(
     world: World,
     keep: int,
     scheduled: Collection[int] = (),
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of ``state.step``, remove all but the newest ``keep`` and those of ``scheduled`` steps.
 
@@ -96,6 +98,8 @@ def save_checkpoint(
                 write_model(model, tensors, temporary, tokenizer)
                 save_config(config, temporary / RUN_CONFIG)
                 (temporary / TRAINER).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+                if metadata is not None:
+                    (temporary / METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
             save_file(rng.capture(), temporary / TRAIN / _rng_name(world.rank))
         with _together(world, folder):
             _write_optimizer(optimizer, temporary / OPTIMIZER, world)

@@ -173,16 +173,21 @@ def exchange(forward: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds a sharded model's whole parameters (no others: nothing changes)."""
+    """Inside, every process holds a sharded model's whole parameters (no others: nothing changes).
+
+    It keeps them through forwards too, so each process may run the model as often as it likes.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
-        for unit in units:
+        for unit in units:  # as torch has it by default: after forward, all but the outermost
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)
             unit.reshard()
 
 

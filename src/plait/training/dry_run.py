@@ -12,13 +12,14 @@ import torch
 
 from plait.config.errors import PlaitError
 from plait.config.schema import Config
+from plait.config.words import counted
 from plait.models.model import Model
 from plait.tokenizers.load import load_tokenizer
 from plait.training.distributed import choose_device
 from plait.training.horizon import BACKWARD, horizon
 from plait.training.memory import step_memory
 from plait.training.optimizers import assigned_groups
-from plait.training.precision import DTYPES
+from plait.training.precision import product_dtype
 from plait.training.progress import duration
 
 DEFAULT_VOCABULARY = 8192  # what a tokenizer is trained to when the config does not say
@@ -49,7 +50,7 @@ class DryRun:
     @property
     def length(self) -> str:
         """How many steps, for people."""
-        return "as many steps as the epochs make" if self.steps is None else f"{self.steps:,} steps"
+        return "as many steps as the epochs make" if self.steps is None else counted(self.steps, "step")
 
     @property
     def time(self) -> str:
@@ -110,7 +111,7 @@ def dry_run(config: Config) -> DryRun:
         flops_per_step=passes * rows * model.flops(length),
         tokens_per_step=rows * length,
         steps=None if steps is None else steps.steps,
-        matmul_rate=matmul_rate(device, DTYPES.get(training.precision, torch.float32)),
+        matmul_rate=matmul_rate(device, product_dtype(training.precision, device)),
     )
 
 

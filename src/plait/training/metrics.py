@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """The file of a run; every line holds ``step`` and ``kind`` ("train" or "evaluation")."""
+    """The file of a run; every line holds ``step`` and ``kind`` ("train", "evaluation" or "core")."""
 
     def __init__(self, run: Path, step: int = 0) -> None:
         """Keep the lines up to ``step`` and forget later ones, and one that was half written."""

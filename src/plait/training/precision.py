@@ -15,16 +15,22 @@ import torch
 from plait.config.errors import TrainingError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 FIRST_SCALE, GROW_AFTER, SMALLEST_SCALE = 2.0**16, 2000, 2.0**-14
 
 
-def autocast(
-    precision: Literal["fp32", "bf16", "fp16"], device: torch.device
-) -> AbstractContextManager[object]:
-    """The context in which forward runs; none for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+def product_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; auto: bfloat16 on a GPU that computes in it, else float32."""
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return DTYPES.get(precision, torch.float32)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which forward runs; none for float32."""
+    dtype = product_dtype(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 class LossScaler:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -63,6 +65,11 @@ class Progress:
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Held-out numbers."""
         self.message(f"step {step}: held out: {describe(result)}")
+
+    def core(self, step: int, record: Mapping[str, Any]) -> None:
+        """CORE, and each task's centered score."""
+        tasks = ", ".join(f"{name} {score['centered']:.3f}" for name, score in record["tasks"].items())
+        self.message(f"step {step}: CORE {record['core']:.4f} ({tasks})")
 
     def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """What the model wrote."""

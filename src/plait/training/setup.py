@@ -18,6 +18,7 @@ from plait.data.conversations import conversation_texts
 from plait.data.documents import read_documents
 from plait.data.loader import Loader, without_targets
 from plait.data.shards import TokenShards
+from plait.evaluation.core import CoreTask
 from plait.formats.folders import TOKENIZER
 from plait.formats.native import load_weights, unfilled_model
 from plait.inference.decoding import check_generates, check_positions
@@ -26,6 +27,7 @@ from plait.tokenizers.base import Tokenizer
 from plait.tokenizers.load import load_tokenizer, train_tokenizer
 from plait.training import rng
 from plait.training.checkpoint import RunState, load_optimizer, load_rng, read_state
+from plait.training.core import open_tasks
 from plait.training.distributed import World, spread
 from plait.training.horizon import Horizon, horizon
 from plait.training.initial import initial_model, initial_vocabulary, known_tokenizer, with_initial
@@ -49,6 +51,7 @@ class Setup:
     objective: Objective
     loader: Loader
     validation: TokenShards | None
+    core_tasks: list[CoreTask]  # [] where CORE is not evaluated
     model: Model
     forward: nn.Module  # the model, or what spreads it over processes
     optimizer: Optimizer
@@ -91,11 +94,14 @@ def set_up(config: Config, run: Path, checkpoint: Path | None, world: World) -> 
     if checkpoint is not None:
         refuse_other_model(checkpoint, config.model)
     objective = make_objective(config, tokenizer)
+    core_tasks = open_tasks(config.training, world)
     shards, validation = world.first_makes(objective.open)
     shards.check_vocabulary(cast(int, config.model.vocab_size))
     state = RunState() if checkpoint is None else read_state(checkpoint)
     loader = make_loader(config, objective, shards, world, state.sample)
     model, forward = make_model(config, tokenizer, checkpoint, world)
+    if core_tasks:
+        check_generates(model)
     if config.training.sample_every:
         check_samples(model, tokenizer, config)
     optimizer, scaler = Optimizer(model, config.training), LossScaler(config.training.precision)
@@ -118,6 +124,7 @@ def set_up(config: Config, run: Path, checkpoint: Path | None, world: World) -> 
         objective=objective,
         loader=loader,
         validation=validation,
+        core_tasks=core_tasks,
         model=model,
         forward=forward,
         optimizer=optimizer,

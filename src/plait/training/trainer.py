@@ -24,18 +24,22 @@ from plait.config.errors import CheckpointError, TrainingError, dotted
 from plait.config.explain import show
 from plait.config.load import load_config, save_config
 from plait.config.schema import Config
+from plait.config.words import counted
 from plait.data.batch import Batch
 from plait.formats.folders import CHECKPOINTS, RUN_CONFIG, checkpoint_name
 from plait.models.model import Model
 from plait.tokenizers.base import Tokenizer
 from plait.training import rng
-from plait.training.checkpoint import save_checkpoint
+from plait.training.checkpoint import RunState, save_checkpoint
+from plait.training.core import ask_tasks, core_record
 from plait.training.distributed import World, session
 from plait.training.environment import write_environment
 from plait.training.evaluate import Evaluation, evaluate
 from plait.training.folder import make_room, refuse_another_run
+from plait.training.heap import kept_memory
 from plait.training.metrics import Metrics, writing
 from plait.training.objectives import target_bytes
+from plait.training.precision import product_dtype
 from plait.training.progress import Clock, Progress, Status, duration
 from plait.training.resume import differences, find_checkpoint, resumed_config
 from plait.training.samples import write_samples
@@ -46,6 +50,7 @@ from plait.training.signals import StopRequest, stop_request
 from plait.training.step import NotFinite, Update, train_step
 
 Stopped = Literal["steps", "time", "signal"]
+Metadata = Callable[[RunState, int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class TrainResult:
     stopped: Stopped
     model: Model
     tokenizer: Tokenizer
+    core: float | None = None  # of the last evaluation of CORE
 
 
 def train(
@@ -71,19 +77,34 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     console: Console | None = None,
+    metadata: Metadata | None = None,
 ) -> TrainResult:
     """Train as ``config`` says: a Config, a mapping, a file or a recipe's name. Under torchrun on all processes.
 
     resume: a run folder, a checkpoint, or "auto" (the newest checkpoint of this config's run, else a new
     run); without a config, that of the resumed run. overwrite: begin anew in a folder that holds a run.
+    metadata: what each checkpoint's metadata.json holds, from the state of the run and the rows of an epoch.
     PlaitError for whatever is wrong; the random state, threads and determinism of the caller are as before
     afterwards.
     """
     if config is None and resume is not None and resume != "auto":
         config = resumed_config(resume)
     config = load_config(config)
-    with session(config.training) as world, torch_settings(config.training), rng.preserved():
-        return Trainer(config, world, resume=resume, overwrite=overwrite, quiet=quiet, console=console).run()
+    with (
+        session(config.training) as world,
+        torch_settings(config.training),
+        rng.preserved(),
+        kept_memory(world.device),
+    ):
+        return Trainer(
+            config,
+            world,
+            resume=resume,
+            overwrite=overwrite,
+            quiet=quiet,
+            console=console,
+            metadata=metadata,
+        ).run()
 
 
 class Trainer:
@@ -98,8 +119,10 @@ class Trainer:
         overwrite: bool = False,
         quiet: bool = False,
         console: Console | None = None,
+        metadata: Metadata | None = None,
     ) -> None:
         self.world = world
+        self.metadata = metadata
         self.folder = Path(config.run_folder)
         self.show = Progress(world.first and not quiet, console)
         checkpoint = None if resume is None else find_checkpoint(resume, self.folder)
@@ -112,6 +135,7 @@ class Trainer:
         self.last_checkpoint = checkpoint
         self.loss: float | None = None
         self.validation: Evaluation | None = None
+        self.core: float | None = None
         if world.first:
             with writing(self.folder):
                 for line in make_room(self.folder, checkpoint):
@@ -145,6 +169,7 @@ class Trainer:
                 self._log(update, n_bytes, scale * training.lr, rate, clock.elapsed)
                 if state.step < parts.steps:  # what is due at the end is done there
                     self._every(training.eval_every, self._evaluate, clock)
+                    self._every(training.core_every, self._core, clock)
                     self._every(training.sample_every, self._sample, clock)
                     if state.step in parts.scheduled:
                         self._every(1, self._save, clock)
@@ -162,6 +187,7 @@ class Trainer:
             stopped=stopped,
             model=parts.model.eval(),
             tokenizer=parts.tokenizer,
+            core=self.core,
         )
 
     def _stopped(self, request: StopRequest, clock: Clock) -> Stopped | None:
@@ -278,6 +304,17 @@ class Trainer:
                 {"kind": "evaluation", "step": state.step, "tokens": state.tokens, **asdict(result)}
             )
 
+    def _core(self) -> None:
+        parts, state = self.parts, self.state
+        if not parts.core_tasks:
+            return
+        scores = ask_tasks(parts.model, parts.tokenizer, parts.core_tasks, self.config.training, self.world)
+        record = core_record(scores)
+        self.core = record["core"]
+        self.show.core(state.step, record)
+        if self.world.first:
+            self.metrics.write({"step": state.step, "tokens": state.tokens, **record})
+
     def _sample(self) -> None:
         parts = self.parts
         made = write_samples(
@@ -299,6 +336,7 @@ class Trainer:
                 self.world,
                 self.config.training.keep_checkpoints,
                 self.parts.scheduled,
+                None if self.metadata is None else self.metadata(self.state, parts.loader.samples.count),
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._way_back()}") from error
@@ -308,6 +346,7 @@ class Trainer:
         saved = self.last_checkpoint is not None and self.last_checkpoint.resolve() == newest.resolve()
         if stopped != "signal":
             self._evaluate()
+            self._core()
             if self.config.training.sample_every:
                 self._sample()
         if not saved:
@@ -335,12 +374,15 @@ class Trainer:
         parts, say = self.parts, self.show.message
         n_parameters = sum(p.numel() for p in parts.optimizer.parameters)
         minutes = self.config.training.minutes
-        length = f"{minutes:g} minutes of steps" if minutes else f"{parts.steps:,} steps"
+        length = f"{minutes:g} minutes of steps" if minutes else counted(parts.steps, "step")
         length += f" ({parts.horizon.reason})" if parts.horizon.reason else ""
         say(
             f"{self.folder}: {n_parameters:,} parameters on {self.world.device} x {self.world.size}, "
-            f"{parts.loader.samples.count:,} rows of training data, {length} of {parts.loader.batch_rows} rows"
+            f"{counted(parts.loader.samples.count, 'row')} of training data, {length} of "
+            f"{counted(parts.loader.batch_rows, 'row')}"
         )
+        dtype = product_dtype(self.config.training.precision, self.world.device)
+        say(f"products in {str(dtype).removeprefix('torch.')}")
         say("optimizer: " + ", ".join(parts.optimizer.describe()))
         if parts.scheduled:
             kept = sorted(parts.scheduled)

@@ -77,7 +77,6 @@ def test_it_is_octobers_recipe() -> None:
         "experiment_name",
         "data.format",
         "data.shuffle",
-        "training.precision",  # bf16 on a GPU: see below
     }
     for name in ("norm", "mlp", "embedding", "final_norm", "head", "init", "d_model", "vocab_size"):
         assert getattr(ours.model, name) == getattr(theirs.model, name), name
@@ -107,7 +106,8 @@ def test_the_third_strategy_has_twenty_entries(tmp_path: Path) -> None:
 EFFECTS: dict[str, tuple[Any, str, Any]] = {
     "run": ("mine", "experiment_name", "mine"),
     "model_tag": ("tagged", "experiment_name", "tagged"),
-    "device_type": ("cuda", "training.precision", "bf16"),
+    "device_type": ("cuda", "training.device", "cuda"),
+    "core_metric_max_per_task": (20, "training.core_max_per_task", 20),
     "depth": (4, "model.d_model", 256),
     "max_seq_len": (1024, "data.sequence_length", 1024),
     "block_pattern": (["M"] * 20, "model.pattern", ["M"] * 20),
@@ -153,7 +153,26 @@ def test_every_setting_takes_effect(name: str) -> None:
 
 
 def test_none_is_left_out() -> None:
-    assert set(EFFECTS) == set(BaseTrain.model_fields) - {"core_metric_every", "core_metric_max_per_task"}
+    assert set(EFFECTS) == set(BaseTrain.model_fields) - {"core_metric_every", "release"}
+
+
+def test_core_is_evaluated_as_often_as_is_said_where_its_tasks_are() -> None:
+    assert load_config({"depth": 20}).training.core_every == 0
+    asked = {"depth": 20, "core_metric_every": 150, "core_metric_max_per_task": -1}
+    with pytest.raises(ConfigError, match=r"training\.core_tasks: core_every is 150, but no folder"):
+        load_config(asked)
+    training = load_config(asked, ["--training.core_tasks=bundle"]).training
+    assert (training.core_tasks, training.core_every, training.core_max_per_task) == ("bundle", 150, None)
+    assert load_config(asked | {"core_metric_every": -1}).training.core_every == 0
+
+
+def test_matrix_products_are_bfloat16_on_a_gpu() -> None:
+    """Whoever starts it, and whether a device is named or not: one option, resolved where the run begins."""
+    for settings in ({}, {"device_type": "cuda"}, {"device_type": "cpu"}):
+        assert load_config({"depth": 2, **settings}).training.precision == "auto"
+    assert (
+        load_config("nanochat").training.precision == load_config("nanochat2026").training.precision == "auto"
+    )
 
 
 def test_the_horizon_is_the_first_that_is_set() -> None:
@@ -179,8 +198,8 @@ def test_the_horizon_is_the_first_that_is_set() -> None:
         ({"mamba_d_state": 0}, "mamba_d_state: expected a whole number greater than 0; got 0"),
         ({"mamba_use_mlp": "perhaps"}, "mamba_use_mlp: expected true or false; got 'perhaps'"),
         ({"block_pattern": ["T", "X"]}, r"block_pattern\[1\]: Unknown block type: .*'X'"),
-        ({"core_metric_every": 2000}, "core_metric_every: CORE is not evaluated during training"),
-        ({"core_metric_max_per_task": 500}, "core_metric_max_per_task: CORE is not evaluated"),
+        ({"scalar_lr": 0.5}, "scalar_lr: it is a setting of July 2026: set release to 2026"),
+        ({"release": 2024}, r"release: expected 2025 \(October\) or 2026 \(July\); got 2024"),
         (
             {"max_seq_len": 1000},
             "total_batch_size: 524288 tokens a step are not whole rows of max_seq_len 1000",

@@ -25,6 +25,7 @@ from plait.config.load import read_config_file
 from plait.config.schema import Config
 from plait.config.text import to_yaml
 from plait.config.timetable import CheckpointSchedule
+from plait.config.words import counted
 from plait.data import open_data, read_documents
 from plait.data.shards import TokenShards
 from plait.models.model import Model
@@ -83,10 +84,10 @@ def validate_config(ctx: typer.Context, config: Config_) -> None:
     settings = run_config(experiment)
     model = Model(settings.model.replace(vocab_size=experiment.tokenizer.vocab_size), device="meta")
     training, told = experiment.training, settings.training
-    length = f"{told.epochs:g} epochs" if told.epochs else f"{told.steps:,} steps"
+    length = counted(told.epochs, "epoch") if told.epochs else counted(told.steps, "step")
     typer.echo(f"{config} is valid")
     typer.echo(f"  experiment   {experiment.experiment_name}")
-    typer.echo(f"  architecture {experiment.model.architecture}, {len(model.blocks)} layers")
+    typer.echo(f"  architecture {experiment.model.architecture}, {counted(len(model.blocks), 'layer')}")
     typer.echo(f"  parameters   {model.parameter_counts()['total']:,} at a vocabulary of {model.vocab_size}")
     typer.echo(f"  training     {training.objective}, {length}, {told.batch_tokens:,} tokens a step")
     for what, path in (
@@ -119,7 +120,8 @@ def train_tokenizer_(ctx: typer.Context, config: Config_) -> None:
 def tokenize_dataset(ctx: typer.Context, config: Config_) -> None:
     """Turn the corpora into token shards, which `run` finds again."""
     for name, shards in _shards(run_config(_experiment(ctx, config))):
-        typer.echo(f"{name}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens in {shards.folder}")
+        documents, tokens = counted(shards.n_documents, "document"), counted(shards.n_tokens, "token")
+        typer.echo(f"{name}: {documents}, {tokens} in {shards.folder}")
 
 
 @app.command()
@@ -135,7 +137,7 @@ def preprocess_data(
             shutil.rmtree(shards.folder)
     length = settings.data.sequence_length
     for name, shards in _shards(settings):
-        typer.echo(f"{name}: {shards.n_tokens // length:,} sequences of {length} tokens")
+        typer.echo(f"{name}: {counted(shards.n_tokens // length, 'sequence')} of {length} tokens")
 
 
 @app.command()
@@ -171,7 +173,9 @@ def generate_checkpoints(
     values: dict[str, Any] = read_config_file(Path(config))
     values["training"] = {**(values.get("training") or {}), "checkpoint_schedule": steps}
     write_file(Path(output or config), to_yaml(values).encode())
-    typer.echo(f"{len(steps)} checkpoints, from step {steps[0]} to {steps[-1]}: {output or config}")
+    typer.echo(
+        f"{counted(len(steps), 'checkpoint')}, from step {steps[0]} to {steps[-1]}: {output or config}"
+    )
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from plait.compat.foundry.architectures import (
 from plait.compat.foundry.architectures.face import PlaitLanguageModel, architecture_of
 from plait.compat.foundry.config import ExperimentConfig
 from plait.compat.foundry.logging_utils import close_logging, console_level, setup_logging
+from plait.compat.foundry.metadata import checkpoint_metadata
 from plait.config.errors import PlaitError
 from plait.config.originals.foundry import run_values
 from plait.config.schema import Config
@@ -69,7 +71,12 @@ class Trainer:
         resume = "auto" if self.config.training.resume_from_checkpoint else None
         logger.info("Training %s in %s", name, self.output_dir)
         try:
-            done = self.result = run(self.run, resume=resume, quiet=shown > logging.INFO)
+            done = self.result = run(
+                self.run,
+                resume=resume,
+                quiet=shown > logging.INFO,
+                metadata=partial(checkpoint_metadata, self.config, self.run),
+            )
             logger.info(
                 "Ended by %s at step %d after %d tokens: %s", done.stopped, done.step, done.tokens, done.run
             )

@@ -2,6 +2,7 @@
 
     d20/model_021400.pt   optim_021400.pt   meta_021400.json
 
+since November 2025 optim_021400_rank0.pt, and one for each further process.
 A meta without ``block_pattern`` is an all-transformer's. Where a folder holds a run of Plait's instead (what
 scripts.base_train writes), loading takes its newest checkpoint.
 """
@@ -25,7 +26,15 @@ from plait.compat.nanochat.tokenizer import RustBPETokenizer
 from plait.config.errors import CheckpointError, nearest
 from plait.config.load import load_config
 from plait.formats import nanochat_files as names
-from plait.formats.folders import CHECKPOINTS, RUN_CONFIG, checkpoint_name, checkpoint_step, find_model_folder
+from plait.formats.convert import convert
+from plait.formats.folders import (
+    CHECKPOINTS,
+    RUN_CONFIG,
+    checkpoint_name,
+    checkpoint_step,
+    find_model_folder,
+    list_checkpoints,
+)
 from plait.formats.foreign import read_file, read_json, unwrapped
 from plait.formats.nanochat import read
 from plait.formats.native import load_model as load_plait
@@ -52,7 +61,7 @@ def save_checkpoint(
     folder = Path(checkpoint_dir)
     try:
         if optimizer_data is not None:
-            write_file(_optimizer_file(folder, step), _saved(optimizer_data))
+            write_file(names.optimizer_file(folder, step), _saved(optimizer_data))
         write_file(names.meta_file(folder, step), json.dumps(dict(meta_data), indent=2).encode())
         write_file(names.weights_file(folder, step), _saved(dict(model_data)))
     except OSError as error:
@@ -60,14 +69,25 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint_dir: str | Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
+    checkpoint_dir: str | Path,
+    step: int,
+    device: torch.device | str = "cpu",
+    load_optimizer: bool = False,
+    rank: int = 0,
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """(state dict on ``device``, the optimizers' states or None, meta) of a step; CheckpointError without them."""
+    """(state dict on ``device``, the optimizers' states or None, meta) of a step; CheckpointError without them.
+
+    rank: whose file of states, where several processes wrote one each. ``GPT.setup_optimizers`` gives optimizers that
+    take October's states in.
+    """
     folder = Path(checkpoint_dir)
     tensors = {
         name: tensor.to(device) for name, tensor in read_file(names.weights_file(folder, step)).items()
     }
-    optimizer = read_file(_optimizer_file(folder, step)) if load_optimizer else None
+    optimizer = None
+    if load_optimizer:
+        ranked = names.optimizer_file(folder, step, rank)
+        optimizer = read_file(ranked if ranked.is_file() else names.optimizer_file(folder, step))
     return tensors, optimizer, read_json(names.meta_file(folder, step))
 
 
@@ -153,6 +173,26 @@ def plait_folder(
         yield Path(temporary)
 
 
+@contextmanager
+def plait_checkpoint(run: Path, step: int) -> Iterator[Path]:
+    """The checkpoint of a step in a model's folder: Plait's, or nanochat's files with the optimizers' state, converted
+    for a while. CheckpointError if nanochat's model lies there without that state.
+    """
+    file = names.weights_file(run, step)
+    own = run / CHECKPOINTS / checkpoint_name(step)
+    if own.is_dir() or not file.is_file():
+        yield own
+        return
+    if not names.optimizer_files(run, step):
+        raise CheckpointError(
+            f"{file} lies there without {names.optimizer_file(run, step, 0).name}, so training cannot go on from "
+            "that step; convert the model and begin with its weights, by --training.init_from"
+        )
+    with TemporaryDirectory(prefix="plait-") as temporary:
+        convert(file, Path(temporary) / run.name, "nanochat")
+        yield list_checkpoints(Path(temporary) / run.name)[-1]
+
+
 def _stage(source: str) -> Path:
     if source not in SOURCES:
         raise CheckpointError(f"{source!r} is none of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
@@ -189,10 +229,6 @@ def _fitting(tokenizer: RustBPETokenizer, model: GPT) -> RustBPETokenizer:
             "belong together"
         )
     return tokenizer
-
-
-def _optimizer_file(folder: Path, step: int) -> Path:
-    return folder / f"optim_{step:06d}.pt"
 
 
 def _saved(data: Any) -> bytes:

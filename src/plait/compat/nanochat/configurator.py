@@ -18,6 +18,8 @@ from plait.config.errors import ConfigError, nearest
 from plait.config.explain import leaves
 from plait.config.literals import read_literals
 from plait.config.load import read_config_file
+from plait.config.originals.nanochat import BaseTrain, release_of
+from plait.config.originals.nanochat2026 import BaseTrain2026
 from plait.config.overrides import override_pairs
 from plait.config.schema import Config
 from plait.config.section import Section
@@ -54,10 +56,21 @@ def read_command_line(words: Sequence[str], settings: type[Section]) -> CommandL
         elif "." in name or key in Config.model_fields:
             line.overrides.append(f"--{name}" if text is None else f"--{name}={text}")
         else:
+            if key in BaseTrain2026.model_fields and issubclass(settings, BaseTrain):
+                raise ConfigError(f"--{name} is a setting of July 2026: add --release=2026")
             raise ConfigError(
                 f"there is no setting {name!r}{nearest(key, names)}; there are {', '.join(sorted(names))}"
             )
     return line
+
+
+def release_of_line(words: Sequence[str]) -> int:
+    """Which nanochat a command line speaks of, by its ``release`` or its file's; 2025 if neither says."""
+    positional, options = _split(words)
+    given = [read_config_file(_found(name)) for name in positional]
+    given += [{"release": text} for name, text in override_pairs(options) if name == "release"]
+    found = [values["release"] for values in given if "release" in values]
+    return release_of({"release": found[-1]} if found else {})
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

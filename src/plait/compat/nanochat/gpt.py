@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plait.compat.nanochat.blocks.registry import block_of
 from plait.compat.nanochat.gpt_config import NAMES, GPTConfig, model_config
+from plait.compat.nanochat.optimizer_state import speak_nanochat
 from plait.compat.nanochat.rotary import apply_rotary_emb, rotary_tables
 from plait.config.errors import BuildError
 from plait.config.originals.nanochat import resolved_pattern, translate
@@ -179,15 +180,18 @@ class GPT(nn.Module):
     ) -> list[torch.optim.Optimizer]:
         """[AdamW, Muon]: every parameter in one of them by its role; matrices to Muon, all others to AdamW.
 
-        Each group has its ``initial_lr``. Over several processes, let the trainer do it (scripts.base_train).
+        Each group has its ``initial_lr``. With attention alone their states are saved and loaded in nanochat's form.
+        Over several processes, let the trainer do it (scripts.base_train).
         """
         settings = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr}
         recipe = translate({**settings, "weight_decay": weight_decay})["training"]
-        parts = Optimizer(self.model, TrainingConfig.model_validate(recipe)).parts
-        for part in parts:
+        optimizer = Optimizer(self.model, TrainingConfig.model_validate(recipe))
+        for part in optimizer.parts:
             for group in part.param_groups:
                 group["initial_lr"] = group["lr"]
-        return parts
+        if {block.kind for block in self.model.blocks} == {"attention"}:
+            return speak_nanochat(optimizer, self.model.config)
+        return optimizer.parts
 
     def forward(
         self,

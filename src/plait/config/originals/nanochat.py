@@ -7,8 +7,10 @@
 
 Keys that are left out have nanochat's own defaults. The size rule: n_embd = 64 depth, n_head = n_embd / 128 rounded
 up, n_kv_head = n_head. Two things are not nanochat's: what is neither matrix nor embedding (Mamba's A, D, time steps,
-convolution), which its optimizers cannot take, is trained by AdamW at the output's rate; and CORE is not evaluated
-during training, so a ``core_metric_every`` above 0 is an error (its default here is -1).
+convolution), which its optimizers cannot take, is trained by AdamW at the output's rate; and CORE is evaluated where
+its tasks are known (``training.core_tasks``), so without ``core_metric_every`` it is not asked for.
+
+``release = 2026`` means the settings of July 2026 instead: nanochat2026.py.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from typing import Any
 from pydantic import Field
 
 from plait.config.errors import ConfigError
+from plait.config.explain import show
+from plait.config.originals import nanochat2026
+from plait.config.originals.nanochat2026 import RELEASE, BaseTrain2026
 from plait.config.pattern import parse_pattern
 from plait.config.recipes import read_recipe
 from plait.config.section import Section
 from plait.config.text import plain
+from plait.config.words import counted
 
 RECIPE = "nanochat"  # what the settings do not say
 HORIZONS = ("steps", "epochs", "tokens_per_parameter", "flops")
@@ -34,6 +40,7 @@ WHOLE_BLOCKS: set[str] = set()
 class BaseTrain(Section):
     """The settings of nanochat's pretraining under their own names."""
 
+    release: int = Field(2025, description="2025: these settings; 2026: those of July 2026")
     run: str = Field("dummy", description="names the run; dummy: the model's tag does")
     model_tag: str = Field("", description="names the model; empty: d<depth>")
     device_type: str = Field("", description="cuda, cpu or mps; empty: the best there is")
@@ -61,8 +68,8 @@ class BaseTrain(Section):
     final_lr_frac: float = Field(0.0, ge=0, le=1, description="the last rates, as a share of the first")
     eval_every: int = Field(250, description="steps between evaluations; -1: at the end alone")
     eval_tokens: int = Field(20 * 524288, gt=0, description="held-out tokens of an evaluation")
-    core_metric_every: int = Field(-1, description="steps between evaluations of CORE: never during training")
-    core_metric_max_per_task: int | None = Field(None, description="examples a task of CORE: likewise")
+    core_metric_every: int = Field(2000, description="steps between evaluations of CORE; -1: none")
+    core_metric_max_per_task: int = Field(500, description="items of a task of CORE at most; -1: all")
     sample_every: int = Field(2000, description="steps between samples; -1: none")
 
 
@@ -70,6 +77,7 @@ class BaseTrain(Section):
 _MARKS = frozenset(
     {"depth", "block_pattern", "max_seq_len", "device_batch_size", "total_batch_size", "matrix_lr"}
     | {"target_param_data_ratio", "target_flops", "num_iterations", "unembedding_lr", "mamba_use_mlp"}
+    | {"release", "aspect_ratio", "window_pattern", "scalar_lr", "core_metric_every"}
 )
 
 
@@ -84,12 +92,12 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     The text is not nanochat's to say here: ``data.train`` is left open, and a tokenizer like nanochat's is trained on
     it unless ``tokenizer.path`` names one.
     """
+    if release_of(values) == RELEASE:
+        return nanochat2026.translate(values)
+    for name in values:
+        if name in BaseTrain2026.model_fields and name not in BaseTrain.model_fields:
+            raise ConfigError("it is a setting of July 2026: set release to 2026", (name,))
     given = BaseTrain.model_validate(values)
-    for name in ("core_metric_every", "core_metric_max_per_task"):
-        if (getattr(given, name) or 0) > 0:
-            raise ConfigError(
-                "CORE is not evaluated during training; leave it out and evaluate the trained model", (name,)
-            )
     name = given.model_tag or f"d{given.depth}"
     model = model_section(gpt_values(given))
     return {
@@ -104,6 +112,14 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         },
         "training": _training(given),
     }
+
+
+def release_of(values: Mapping[str, Any]) -> int:
+    """Which nanochat settings are of: 2025, if they do not say, or 2026."""
+    given = values.get("release", 2025)
+    if str(given) not in ("2025", str(RELEASE)):
+        raise ConfigError(f"expected 2025 (October) or {RELEASE} (July); got {show(given)}", ("release",))
+    return int(given)
 
 
 def gpt_values(given: BaseTrain) -> dict[str, Any]:
@@ -157,7 +173,8 @@ def resolved_pattern(pattern: Iterable[Any] | None, n_layer: int) -> list[Any]:
         raise ConfigError(f"Unknown block type: {error.text}", ("block_pattern", *error.path)) from None
     if len(entries) != n_layer:
         raise ConfigError(
-            f"it has {len(entries)} block types, which must match the {n_layer} layers", ("block_pattern",)
+            f"it has {counted(len(entries), 'block type')}, which must match the {counted(n_layer, 'layer')}",
+            ("block_pattern",),
         )
     return [entry.kind for entry in entries] if isinstance(given, str) else given
 
@@ -186,9 +203,10 @@ def _training(given: BaseTrain) -> dict[str, Any]:
         "decay_fraction": given.warmdown_ratio or 1.0,  # of no effect where the rates do not go down
         "warmup": given.warmup_ratio,
         "min_lr_ratio": given.final_lr_frac,
-        "precision": "bf16" if given.device_type == "cuda" else "fp32",
         "eval_every": max(0, given.eval_every),
         "eval_tokens": given.eval_tokens,
+        "core_every": max(0, given.core_metric_every) if "core_metric_every" in given.model_fields_set else 0,
+        "core_max_per_task": given.core_metric_max_per_task if given.core_metric_max_per_task > 0 else None,
         "sample_every": max(0, given.sample_every),
         "device": given.device_type or "auto",
     }

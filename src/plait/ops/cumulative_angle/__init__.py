@@ -11,11 +11,12 @@ from plait.ops.dispatch import Op, choose
 CUMULATIVE_ANGLE = Op(
     "cumulative_angle",
     {
+        "gpu": "plait.ops.cumulative_angle.gpu:cumulative_angle",
         "cpu": "plait.ops.cumulative_angle.cpu:cumulative_angle",
         "portable": "plait.ops.cumulative_angle.portable:cumulative_angle",
         "reference": "plait.ops.cumulative_angle.reference:cumulative_angle",
     },
-    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    dict.fromkeys(("gpu", "cpu"), (torch.float32, torch.bfloat16, torch.float16)),
 )
 
 

@@ -14,11 +14,12 @@ from plait.ops.dispatch import Op, choose
 DIAGONAL_SSM = Op(
     "diagonal_ssm",
     {
+        "gpu": "plait.ops.diagonal_ssm.gpu:diagonal_ssm",
         "cpu": "plait.ops.diagonal_ssm.cpu:diagonal_ssm",
         "portable": "plait.ops.diagonal_ssm.portable:diagonal_ssm",
         "reference": "plait.ops.diagonal_ssm.reference:diagonal_ssm",
     },
-    {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    dict.fromkeys(("gpu", "cpu"), (torch.float32, torch.bfloat16, torch.float16)),
 )
 
 

@@ -18,10 +18,12 @@ from plait.ops.segments import segments
 from plait.ops.selective_scan import cpu_kernels
 from plait.ops.tiles import LANES
 
-BLOCK = 64
+BLOCK = 128
 """Q, tokens a block: one state a block is kept for backward"""
 SHARE = 16
 """blocks of 16 channels that a task of backward adds up in dB and dC"""
+TOGETHER = 8
+"""blocks of 16 channels that a task of forward takes at most"""
 _LIGHT = 2
 """updates of elements of the state that take as long as one element of a pointwise op"""
 
@@ -71,12 +73,14 @@ def _compute(
     final = x.new_empty(n_seq, channels, states, dtype=torch.float32)
     marks = x.new_empty(_saved(n_rows, length, save), blocks, deep, LANES, dtype=torch.float32)
     marks[used:] = 0
+    # side by side, so that a task reads whole stretches of a row; fewer where many threads want tasks
+    share = max(1, min(TOGETHER, n_seq * blocks // (4 * torch.get_num_threads())))
     run(
         cpu_kernels.forward,
-        n_seq * blocks,
+        n_seq * -(-blocks // share),
         n_rows * length * channels * states // _LIGHT,
         ((0,),) * tile_rows,
-        (length, channels, groups, states, deep, BLOCK, blocks),
+        (length, channels, groups, states, deep, BLOCK, blocks, share),
         table,
         *_tokens(x, dt, x.new_empty(0, 0, 0) if z is None else z),
         *(_keys(t, deep) for t in (B, C)),

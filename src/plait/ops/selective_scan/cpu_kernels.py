@@ -39,12 +39,10 @@ from plait.ops.tile_math import (
 )
 from plait.ops.tiles import LANES, tile_dots, tile_load, tile_store
 
-TILES = "e87e7652"
+TILES = "85a2ed45"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": True}
-AHEAD = 8
-"""tokens, for software prefetch: a channel block's rows lie too far apart for the processor's own"""
 _ONE, _LOG2_E, _LN2 = np.float32(1), np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 _ZERO, _TWO, _HUGE = np.float32(0), np.float32(2), np.float32(3e38)
 # 2 atanh(s) / s in powers of s^2, s <= 1/3, from the constant 2 on, fitted for the least relative error (4e-9)
@@ -131,65 +129,77 @@ def forward(
     first, last, shape, sizes, segments, x, x_step, dt, dt_step, z, z_step, b, c,
     decay, skip, bias, initial, softplus, gated, y, final, marks,
 ):  # fmt: skip
-    """Tasks first to last - 1: a sequence and 16 channels each. Arrays are flat; *_step are (row, token) strides.
+    """Tasks first to last - 1: a sequence and `share` blocks of 16 channels each, which take turns block after block.
 
-    sizes (T, E, G, N, N padded to whole tiles, Q, channel blocks); segments (4, S): row, first token, length, number
-    of the first saved state; b, c (rows, T, G, N padded); marks: h entering each block but a sequence's first, in
-    tiles; empty when nothing is to be saved.
+    Arrays are flat; *_step are (row, token) strides. sizes (T, E, G, N, N padded to whole tiles, Q, channel blocks,
+    share); segments (4, S): row, first token, length, number of the first saved state; b, c (rows, T, G, N padded);
+    marks: h entering each block but a sequence's first, in tiles; empty when nothing is to be saved.
     """
-    length, channels, groups, states, deep, block, blocks = sizes
+    length, channels, groups, states, deep, block, blocks, share = sizes
     rows, area = len(shape), deep * LANES
-    a, state = _buffer(area), _buffer(area)
+    parts = (blocks + share - 1) // share
+    rates_of, carries = _buffer(share * area), _buffer(share * area)
     ds, dxs, ys = _buffer(block * LANES), _buffer(block * LANES), _buffer(block * LANES)
     for task in range(first, last):
-        segment, k = task // blocks, task % blocks
+        segment, part = task // parts, task % parts
         row, begin, count, number = segments[:, segment]
-        group, e, lanes = _place(k, blocks, groups, channels)
-        mask = first_lanes(lanes)
-        state[:] = np.float32(0)
-        _transpose(a, 0, decay, e * states, lanes, states, _LOG2_E)
-        if initial.size > 0:
-            _transpose(state, 0, initial, (segment * channels + e) * states, lanes, states, _ONE)
-        through, offset = row_read(skip, e, mask), row_read(bias, e, mask)
+        k_first, k_last = part * share, min((part + 1) * share, blocks)
+        rates_of[:] = np.float32(0)
+        carries[:] = np.float32(0)
+        for k in range(k_first, k_last):
+            _, e, lanes = _place(k, blocks, groups, channels)
+            base = (k - k_first) * area
+            _transpose(rates_of, base, decay, e * states, lanes, states, _LOG2_E)
+            if initial.size > 0:
+                _transpose(carries, base, initial, (segment * channels + e) * states, lanes, states, _ONE)
         for t0 in range(0, count, block):
             many = min(block, count - t0)
-            if marks.size > 0 and t0 > 0:
-                saved = ((number + t0 // block - 1) * blocks + k) * area
-                marks[saved : saved + area] = state
-            for t in range(many):
-                token, at = begin + t0 + t, t * LANES
-                of_x, of_dt = (
-                    row * x_step[0] + token * x_step[1] + e,
-                    row * dt_step[0] + token * dt_step[1] + e,
-                )
-                prefetch(x, of_x + AHEAD * x_step[1])
-                prefetch(dt, of_dt + AHEAD * dt_step[1])
-                u, d = row_read(x, of_x, mask), row_read(dt, of_dt, mask) + offset
-                if softplus:
-                    d = _softplus(d)
-                row_write(ds, at, d, None)
-                row_write(dxs, at, d * u, None)
-                row_write(ys, at, through * u, None)
-            for n in range(0, deep, rows):
-                rates, h = tile_load(shape, a, n * LANES, LANES), tile_load(shape, state, n * LANES, LANES)
+            for k in range(k_first, k_last):
+                group, e, lanes = _place(k, blocks, groups, channels)
+                mask, base = first_lanes(lanes), (k - k_first) * area
+                through, offset = row_read(skip, e, mask), row_read(bias, e, mask)
+                # what comes next: these tokens' next channels or, after the last, the next tokens' first
+                tokens_on, channels_on = (0, LANES) if k + 1 < k_last else (block, (k_first - k) * LANES)
+                if marks.size > 0 and t0 > 0:
+                    saved = ((number + t0 // block - 1) * blocks + k) * area
+                    marks[saved : saved + area] = carries[base : base + area]
                 for t in range(many):
-                    at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n
-                    key, query = tile_column(shape, b, of), tile_column(shape, c, of)
-                    sums = (row_read(ys, at, None), tile_zero(_ROW))
-                    d, dx = row_read(ds, at, None), row_read(dxs, at, None)
-                    h, sums = rowwise(_update, sums, h, rates, key, query, d, dx)
-                    row_write(ys, at, sums[0] + sums[1], None)
-                tile_store(state, n * LANES, LANES, h)
-            for t in range(many):
-                token = begin + t0 + t
-                out = row_read(ys, t * LANES, None)
-                if gated:
-                    of_z = row * z_step[0] + token * z_step[1] + e
-                    prefetch(z, of_z + AHEAD * z_step[1])
-                    gate = row_read(z, of_z, mask)
-                    out = out * (gate * tile_sigmoid(gate))
-                row_write(y, (row * length + token) * channels + e, out, mask)
-        _restore(final, (segment * channels + e) * states, state, 0, lanes, states)
+                    token, at = begin + t0 + t, t * LANES
+                    of_x, of_dt = (
+                        row * x_step[0] + token * x_step[1] + e,
+                        row * dt_step[0] + token * dt_step[1] + e,
+                    )
+                    prefetch(x, of_x + tokens_on * x_step[1] + channels_on)
+                    prefetch(dt, of_dt + tokens_on * dt_step[1] + channels_on)
+                    u, d = row_read(x, of_x, mask), row_read(dt, of_dt, mask) + offset
+                    if softplus:
+                        d = _softplus(d)
+                    row_write(ds, at, d, None)
+                    row_write(dxs, at, d * u, None)
+                    row_write(ys, at, through * u, None)
+                for n in range(0, deep, rows):
+                    rates = tile_load(shape, rates_of, base + n * LANES, LANES)
+                    h = tile_load(shape, carries, base + n * LANES, LANES)
+                    for t in range(many):
+                        at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n
+                        key, query = tile_column(shape, b, of), tile_column(shape, c, of)
+                        sums = (row_read(ys, at, None), tile_zero(_ROW))
+                        d, dx = row_read(ds, at, None), row_read(dxs, at, None)
+                        h, sums = rowwise(_update, sums, h, rates, key, query, d, dx)
+                        row_write(ys, at, sums[0] + sums[1], None)
+                    tile_store(carries, base + n * LANES, LANES, h)
+                for t in range(many):
+                    token = begin + t0 + t
+                    out = row_read(ys, t * LANES, None)
+                    if gated:
+                        of_z = row * z_step[0] + token * z_step[1] + e
+                        prefetch(z, of_z + tokens_on * z_step[1] + channels_on)
+                        gate = row_read(z, of_z, mask)
+                        out = out * (gate * tile_sigmoid(gate))
+                    row_write(y, (row * length + token) * channels + e, out, mask)
+        for k in range(k_first, k_last):
+            _, e, lanes = _place(k, blocks, groups, channels)
+            _restore(final, (segment * channels + e) * states, carries, (k - k_first) * area, lanes, states)
 
 
 @njit(**OPTIONS)
@@ -206,7 +216,7 @@ def backward(
     length, channels, groups, states, deep, block, blocks, share, parts = sizes
     rows, area = len(shape), deep * LANES
     tokens = db.size // max(parts * groups * deep, 1)
-    a, enter = _buffer(area), _buffer(area)
+    enter, rates_of = _buffer(area), _buffer(share * area)
     carries, das = _buffer(share * area), _buffer(share * area)
     kept_e, kept_h = _buffer(block * rows * LANES), _buffer(block * rows * LANES)
     ds, us, dxs, slopes = (
@@ -225,13 +235,15 @@ def backward(
         per_group = blocks // groups
         k_first = group * per_group + part * share
         k_last = min(k_first + share, (group + 1) * per_group)
+        rates_of[:] = np.float32(0)
         carries[:] = np.float32(0)
         das[:] = np.float32(0)
         for k in range(k_first, k_last):
             _, e, lanes = _place(k, blocks, groups, channels)
+            base = (k - k_first) * area
+            _transpose(rates_of, base, decay, e * states, lanes, states, _LOG2_E)
             if dfinal.size > 0:
-                at = (segment * channels + e) * states
-                _transpose(carries, (k - k_first) * area, dfinal, at, lanes, states, _ONE)
+                _transpose(carries, base, dfinal, (segment * channels + e) * states, lanes, states, _ONE)
         for block_number in range((count + block - 1) // block - 1, -1, -1):
             t0 = block_number * block
             many = min(block, count - t0)
@@ -240,7 +252,8 @@ def backward(
             for k in range(k_first, k_last):
                 _, e, lanes = _place(k, blocks, groups, channels)
                 mask = first_lanes(lanes)
-                _transpose(a, 0, decay, e * states, lanes, states, _LOG2_E)
+                # what comes next, as in forward; the block of tokens before this one is whole
+                tokens_on, channels_on = (0, LANES) if k + 1 < k_last else (-block, (k_first - k) * LANES)
                 enter[:] = np.float32(0)
                 if block_number > 0:
                     saved = ((number + block_number - 1) * blocks + k) * area
@@ -257,9 +270,9 @@ def backward(
                         row * dt_step[0] + token * dt_step[1] + e,
                     )
                     of_dy = row * dy_step[0] + token * dy_step[1] + e
-                    prefetch(x, of_x + LANES)
-                    prefetch(dt, of_dt + LANES)
-                    prefetch(dy, of_dy + LANES)
+                    prefetch(x, of_x + tokens_on * x_step[1] + channels_on)
+                    prefetch(dt, of_dt + tokens_on * dt_step[1] + channels_on)
+                    prefetch(dy, of_dy + tokens_on * dy_step[1] + channels_on)
                     u, d, grad = (
                         row_read(x, of_x, mask),
                         row_read(dt, of_dt, mask) + offset,
@@ -270,7 +283,7 @@ def backward(
                         d = _softplus(d)
                     if gated:
                         of_z = row * z_step[0] + token * z_step[1] + e
-                        prefetch(z, of_z + LANES)
+                        prefetch(z, of_z + tokens_on * z_step[1] + channels_on)
                         gate = row_read(z, of_z, mask)
                         open_ = tile_sigmoid(gate)
                         row_write(gates, at, grad * (open_ * (_ONE + gate * (_ONE - open_))), None)
@@ -285,8 +298,9 @@ def backward(
                     row_write(to_d, at, nothing, None)
                 row_write(sums, of_skip, dskip, mask)
                 for n in range(0, deep, rows):
+                    base = (k - k_first) * area + n * LANES
                     rates, h = (
-                        tile_load(shape, a, n * LANES, LANES),
+                        tile_load(shape, rates_of, base, LANES),
                         tile_load(shape, enter, n * LANES, LANES),
                     )
                     for t in range(many):
@@ -298,7 +312,6 @@ def backward(
                         tile_store(kept_e, at * rows, LANES, decays)
                         row_write(ys, at, out, None)
                         tile_dots(dc_sum, t * deep + n, h, row_read(dys, at, None))
-                    base = (k - k_first) * area + n * LANES
                     g, da_tile = tile_load(shape, carries, base, LANES), tile_load(shape, das, base, LANES)
                     for t in range(many - 1, -1, -1):
                         at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n

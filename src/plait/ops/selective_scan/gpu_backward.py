@@ -20,7 +20,6 @@ import triton.language as tl
 
 from plait.ops.selective_scan.gpu_forward import SIZES
 from plait.ops.selective_scan.gpu_tiles import (
-    first_sequence,
     follow,
     inside_item,
     load_tile,
@@ -35,6 +34,7 @@ from plait.ops.selective_scan.gpu_tiles import (
     unpack,
     vector,
 )
+from plait.ops.triton_chunks import first_beyond
 from plait.ops.triton_support import LN2
 
 
@@ -334,7 +334,7 @@ def finish_kernel(
         if VARLEN:
             begin = tile * 8
             stop = tl.minimum(begin + 8, length)
-            sequence = first_sequence(bounds, sequences, begin)
+            sequence = first_beyond(bounds, sequences, begin)
             while (sequence < sequences) & (begin < stop):
                 end = tl.load(bounds + sequence + 1).to(tl.int32)
                 if end > begin:

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from plait.ops.selective_scan.gpu_tiles import (
-    first_sequence,
     follow,
     inside_item,
     load_tile,
@@ -38,6 +37,7 @@ from plait.ops.selective_scan.gpu_tiles import (
     unpack,
     vector,
 )
+from plait.ops.triton_chunks import first_beyond
 from plait.ops.triton_support import LOG2E
 
 SIZES = ["length", "tiles", "sequences", "segment", "segments", "slots", "items", "tile_programs"]
@@ -104,7 +104,7 @@ def pack_kernel(
             # every sequence with a token in the tile gets a slot with its own tokens, zeros elsewhere
             begin = tile * 8
             stop = tl.minimum(begin + 8, length)
-            sequence = first_sequence(bounds, sequences, begin)
+            sequence = first_beyond(bounds, sequences, begin)
             while (sequence < sequences) & (begin < stop):
                 end = tl.load(bounds + sequence + 1).to(tl.int32)
                 if end > begin:

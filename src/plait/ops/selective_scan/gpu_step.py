@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plait.ops.selective_scan.gpu_tiles import sigmoid, softplus
-from plait.ops.triton_support import LOG2E, cdiv, on_device, plain_op, power_of_2
+from plait.ops.selective_scan.gpu_tiles import sigmoid
+from plait.ops.triton_support import LOG2E, cdiv, on_device, plain_op, power_of_2, softplus
 
 BLOCK = 1024
 """Elements of the state a program updates."""

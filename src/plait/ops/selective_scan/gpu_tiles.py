@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plait.ops.triton_support import LOG2E
+from plait.ops.triton_support import LOG2E, softplus
 
 TILE = 8
 """Tokens a tile; the functions below have it built in."""
@@ -49,24 +49,6 @@ def pack(x):
     even = tl.reshape(tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6])), [rows, 4])
     odd = tl.reshape(tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])), [rows, 4])
     return tl.reshape(tl.join(even, odd), [rows, 8])
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) to 2e-7 of itself, in fewer instructions than a logarithm takes.
-
-    The polynomial is log(1 + e) / e for 0 <= e <= 1, interpolated at Chebyshev points: 5e-9.
-    """
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    p = e * -0.0031760570127516985 + 0.019542526453733444
-    p = p * e - 0.05637361481785774
-    p = p * e + 0.10543623566627502
-    p = p * e - 0.1526966691017151
-    p = p * e + 0.1966327428817749
-    p = p * e - 0.24951615929603577
-    p = p * e + 0.33329710364341736
-    p = p * e - 0.49999892711639404
-    return tl.maximum(x, 0.0) + (p * e + 1.0) * e
 
 
 @triton.jit
@@ -195,20 +177,6 @@ def tiles_of(begin, end):
     if begin >= end:
         stop = first
     return first, stop
-
-
-@triton.jit
-def first_sequence(bounds, sequences, t):
-    """The first packed sequence that ends beyond token t."""
-    low = 0
-    high = sequences
-    while high > low:
-        middle = (low + high) // 2
-        if tl.load(bounds + middle + 1) > t:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 @triton.jit

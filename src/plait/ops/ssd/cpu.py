@@ -8,12 +8,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from torch import Tensor
 
-from plait.ops.numba_support import direct, flat, run
+from plait.ops.numba_support import AVX512, direct, flat, run
 from plait.ops.segments import segments
 from plait.ops.ssd import cpu_backward, cpu_kernels, portable, reduction
 from plait.ops.ssd.cpu_kernels import ROWS, SLABS
@@ -294,8 +293,8 @@ def _saved(tokens: int, n_seq: int, rank: int, cu_seqlens: Tensor | None, save: 
 
 @cache
 def _tiles() -> tuple[tuple[int, int], ...]:
-    """The tiles (rows, vectors of 16 lanes) that fit this machine's registers, with some to spare; the last is tall."""
-    if llvm.get_host_cpu_features().get("avx512f"):
+    """The tiles (rows, vectors of 16 lanes) that fit the registers, with some to spare; the last is tall."""
+    if AVX512:
         return (4, 4), (8, 2), (16, 1)
     return (4, 1), (4, 1)
 

@@ -20,7 +20,6 @@ from numba import njit
 
 from plait.ops.ssd.cpu_kernels import (
     AREA,
-    INLINE,
     ONE,
     OPTIONS,
     ROW,
@@ -30,43 +29,71 @@ from plait.ops.ssd.cpu_kernels import (
     ZERO,
     begin_state,
     buffer,
+    clear,
+    end_state,
+    fetch,
     forward_decays,
     load_rows,
     load_values,
     masks,
     product,
     product_added,
+    scores,
     task_heads,
     through_state,
     times,
     turn,
+    turn_panels,
     up,
     write,
 )
-from plait.ops.tile_math import row_read, row_write, tile_flush, tile_zero
-from plait.ops.tiles import LANES, copy, lane_sum, prefetch
+from plait.ops.tile_math import row_read, row_write, tile_column, tile_flush, tile_zero
+from plait.ops.tiles import (
+    LANES,
+    borrow,
+    copy,
+    lane_sum,
+    parts,
+    row_load,
+    tile_inner,
+    tile_load,
+    tile_outer,
+    tile_store,
+)
 
-TILES = "d1aed343"
+TILES = "fc818bdc"
 """Of the files the kernels are made of: a change there must change this one too, or Numba takes old kernels."""
 
 
-@njit(**INLINE)
-def _inner(a: Any, a_at: int, b: Any, b_at: int, count: int, room: Any) -> Any:
-    """The inner product of `count` numbers, a multiple of 16; room: for 16."""
-    even = odd = tile_zero(ROW)
-    for i in range(0, count, LANES):
-        even, odd = odd, even + row_read(a, a_at + i, None) * row_read(b, b_at + i, None)
-    row_write(room, 0, even + odd, None)
+@njit(**OPTIONS)
+def _inner(big: Any, a: Any, a_at: int, b: Any, b_at: int, count: int, room: Any) -> Any:
+    """The inner product of `count` numbers, a multiple of a tile's; room: for a tile."""
+    lanes, tile = LANES * len(big[0]), tile_zero(big)
+    for i in range(0, count, len(big) * lanes):
+        tile = tile + tile_load(big, a, a_at + i, lanes) * tile_load(big, b, b_at + i, lanes)
+    tile_store(room, 0, lanes, tile)
+    total = tile_zero(ROW)
+    for i in range(0, len(big) * lanes, LANES):
+        total = total + row_read(room, i, None)
+    row_write(room, 0, total, None)
     return lane_sum(room, 0)
 
 
-@njit(**INLINE)
-def _add(out: Any, at: int, given: Any, given_at: int, count: int, factor: Any) -> None:
-    """out += factor * given, `count` numbers, a multiple of 16."""
-    for i in range(0, count, LANES):
-        row_write(
-            out, at + i, row_read(out, at + i, None) + row_read(given, given_at + i, None) * factor, None
-        )
+@njit(**OPTIONS)
+def _product_weighed(
+    shape, out, at, factors, dots, partner, a, a_at, a_row, b, b_at, count, soon
+):  # fmt: skip
+    """One panel: out += factors * m, and dots += the inner products of the rows of m and partner; m (16, .) = a b."""
+    lanes = LANES * len(shape[0])
+    for r in range(0, ROWS, len(shape)):
+        tile, place = tile_zero(shape), at + r * lanes
+        fetch(soon, r, len(shape), ROWS)
+        for k in range(count):
+            row = row_load(shape, b, b_at + k * lanes)
+            tile = tile_outer(tile, a, a_at + r * a_row + k, a_row, row)
+        tile_inner(dots, r, tile, tile_load(shape, partner, place, lanes))
+        tile = tile_load(shape, out, place, lanes) + tile * tile_column(shape, factors, r)
+        tile_store(out, place, lanes, tile)
 
 
 @njit(**OPTIONS)
@@ -74,21 +101,23 @@ def _backward_decays(
     gates, weights, diagonal, at, heads, many, rank, own, inner, strict, enter, leave, leave_w
 ):  # fmt: skip
     """inner, strict (16, 16): row i has W_ij, and L_ij of earlier tokens, over all j; enter c; leave e; leave_w e w."""
-    inner[many * rank * LANES :] = ZERO
-    strict[many * rank * LANES :] = ZERO
-    enter[:] = ZERO
-    leave[:] = ZERO
+    clear(inner, many * rank * LANES, AREA - many * rank * LANES)
+    clear(strict, many * rank * LANES, AREA - many * rank * LANES)
+    clear(enter, 0, LANES)
+    clear(leave, 0, LANES)
     across, c, e = tile_zero(ROW), 1.0, 1.0
     for t in range(many - 1, -1, -1):
         across = across + row_read(own, t * LANES, None) * weights[at + t * heads]
-        leave[t * rank : (t + 1) * rank] = e
+        for r in range(t * rank, (t + 1) * rank):
+            leave[r] = e
         e = times(e, gates[at + t * heads])
     older = just = tile_zero(ROW)
     for t in range(many):
         mine, gate = row_read(own, t * LANES, None), np.float32(gates[at + t * heads])
         older = tile_flush(older * gate, TINY) + just * gate
         c = times(c, gates[at + t * heads])
-        enter[t * rank : (t + 1) * rank] = c
+        for r in range(t * rank, (t + 1) * rank):
+            enter[r] = c
         line = older * across + mine * diagonal[at + t * heads]
         for r in range(t * rank, (t + 1) * rank):
             row_write(strict, r * LANES, older, None)
@@ -100,9 +129,9 @@ def _backward_decays(
 
 @njit(**OPTIONS)
 def _paths_within(
-    inner, strict, dots, dots_at, ddots, sums, weights, at, heads, many, rank, own, earlier, da, dw, dd
+    inner, strict, dots, ddots, scores_sum, scores_at, sums, weights, at, heads, many, rank, own, earlier, da, dw, dd
 ):  # fmt: skip
-    """Turn `inner` into W q k (for du) and `ddots` into W dy u (for dq, dk); what a, w and d get within the slab."""
+    """Turn `inner` into W q k (for du), add W dy u (for dq, dk); what a, w and d get within the slab."""
     cross, to_w, to_d, across = tile_zero(ROW), tile_zero(ROW), tile_zero(ROW), tile_zero(ROW)
     for t in range(many):
         across = across + row_read(own, t * LANES, None) * weights[at + t * heads]
@@ -110,7 +139,7 @@ def _paths_within(
         mine = row_read(own, t * LANES, None)
         for i in range(t * rank * LANES, (t + 1) * rank * LANES, LANES):
             dot, ddot, weight = (
-                row_read(dots, dots_at + i, None),
+                row_read(dots, scores_at + i, None),
                 row_read(ddots, i, None),
                 row_read(inner, i, None),
             )
@@ -118,7 +147,9 @@ def _paths_within(
             path = both * row_read(strict, i, None)
             to_w, to_d, cross = to_w + path, to_d + both * mine, cross + path * across
             row_write(inner, i, weight * dot, None)
-            row_write(ddots, i, weight * ddot, None)
+            row_write(
+                scores_sum, scores_at + i, row_read(scores_sum, scores_at + i, None) + weight * ddot, None
+            )
         row_write(sums, 0, cross * row_read(earlier, t * LANES, None), None)
         da[at + t * heads] = lane_sum(sums, 0)
     row_write(sums, 0, to_w, None)
@@ -188,56 +219,62 @@ def backward(
     dk, dq (tasks a group, tokens, R, G, N): one summand for each task of the same group; da, dw, dd (tokens, H);
     sums (S, H, P + R P): of each sequence the gradients of D and, if there are ranks, of m.
     """
-    length, heads, width, groups, size, rank, share, parts = sizes
-    wide, long = up(width, ROWS), up(size, LANES * len(big[0]))
-    area, slab = wide * long, ROWS // rank
-    block, narrow, deep = SLABS * slab, ROWS * wide, ROWS * long
+    length, heads, width, groups, size, rank, share, pieces = sizes
+    lanes = LANES * len(big[0])
+    wide, long, slab = up(width, ROWS), up(size, lanes), ROWS // rank
+    area, block, narrow, deep = wide * long, SLABS * slab, ROWS * wide, ROWS * long
     tokens = da.size // max(heads, 1)
-    own, earlier = masks(rank, slab)
-    dstates, states = buffer(share * area), buffer(SLABS * area)
-    ks, qs, turned = buffer(SLABS * deep), buffer(SLABS * deep), buffer(SLABS * deep)
-    dk_sum, dq_sum, to_k, to_q = buffer(SLABS * deep), buffer(SLABS * deep), buffer(deep), buffer(deep)
-    us, dys = buffer(SLABS * narrow), buffer(SLABS * narrow)
-    scaled, scaled_us, turned_us, columns = buffer(narrow), buffer(narrow), buffer(narrow), buffer(narrow)
-    dots, ddots = buffer(SLABS * AREA), buffer(AREA)
-    inner, strict = buffer(AREA), buffer(AREA)
-    enter, leave, leave_w = buffer(LANES), buffer(LANES), buffer(LANES)
-    r_in, r_out, room = buffer(LANES), buffer(LANES), buffer(2 * LANES)
-    through = buffer(wide)
+    counts = (
+        slab * LANES, slab * LANES, share * area, SLABS * area,
+        SLABS * deep, SLABS * deep, SLABS * deep, SLABS * deep, SLABS * deep,
+        SLABS * narrow, SLABS * narrow, narrow, narrow, narrow,
+        SLABS * AREA, AREA, SLABS * AREA, AREA, AREA,
+        LANES, LANES, LANES, LANES, LANES, max(2 * LANES, len(big) * lanes), wide,
+    )  # fmt: skip
+    memory = buffer(sum(counts))
+    (
+        own, earlier, dstates, states, ks, qs, turned, dk_sum, dq_sum, us, dys, scaled, turned_us, columns,
+        dots, ddots, ddots_sum, inner, strict, enter, leave, leave_w, r_in, r_out, room, through,
+    ) = parts(memory, counts)  # fmt: skip
+    x, dy, k, q, gates, weights, diagonal, skip, ranks, initial, dfinal, marks = borrow(
+        x, dy, k, q, gates, weights, diagonal, skip, ranks, initial, dfinal, marks
+    )
+    dx, dk, dq, da, dw, dd, dinitial, sums = borrow(dx, dk, dq, da, dw, dd, dinitial, sums)
+    masks(rank, slab, own, earlier)
     step = (1 + (rank if ranks.size > 0 else 0)) * width
     for task in range(first, last):
-        segment = task // parts
+        segment = task // pieces
         row, begin, count, number = segments[:, segment]
-        group, head_begin, head_end = task_heads(task % parts, heads, groups, share)
-        part = task % parts % (parts // groups)
+        group, head_begin, head_end = task_heads(task % pieces, heads, groups, share)
+        part = task % pieces % (pieces // groups)
         for head in range(head_begin, head_end):
             outer, base = (segment * heads + head) * width * size, (head - head_begin) * area
-            begin_state(dstates, base, area, dfinal, outer, width, size, long)
-            sums[(segment * heads + head) * step : (segment * heads + head + 1) * step] = ZERO
+            begin_state(big, dstates, base, area, dfinal, outer, width, size)
+            for i in range((segment * heads + head) * step, (segment * heads + head + 1) * step):
+                sums[i] = 0.0
         for t0 in range((count - 1) // block * block, -1, -block):
             slabs = (min(block, count - t0) + slab - 1) // slab
             for s in range(slabs):
                 many, token = min(slab, count - t0 - s * slab), row * length + begin + t0 + s * slab
-                load_rows(ks, s * deep, long, k, k_step, token, group, many, rank, size)
-                load_rows(qs, s * deep, long, q, q_step, token, group, many, rank, size)
-                turn(turned, s * deep, LANES, ks, s * deep, long, ROWS, long)
-                product(
-                    tall, dots, s * AREA, LANES, qs, s * deep, long, 1, turned, s * deep, LANES, ROWS, LANES, size
-                )  # fmt: skip
-            dk_sum[: slabs * deep] = ZERO
-            dq_sum[: slabs * deep] = ZERO
+                load_rows(ks, s * deep, lanes, k, k_step, token, group, many, rank, size)
+                load_rows(qs, s * deep, lanes, q, q_step, token, group, many, rank, size)
+                turn_panels(big, turned, s * deep, ks, s * deep, size)
+                scores(big, tall, dots, s * AREA, qs, s * deep, turned, s * deep, size)
+            clear(dk_sum, 0, slabs * deep)
+            clear(dq_sum, 0, slabs * deep)
+            clear(ddots_sum, 0, slabs * AREA)
             for head in range(head_begin, head_end):
                 outer, base = (segment * heads + head) * width * size, (head - head_begin) * area
                 entered, entered_at = states, 0
-                coming = (
-                    (number + t0 // block - 1) * heads + head + 1
-                ) * area  # the state that is needed next
-                if head + 1 == head_end:
-                    coming -= (heads + share) * area
+                next_head, next_t = (
+                    (head + 1, t0) if head + 1 < head_end else (head_begin, max(t0 - block, 0))
+                )
+                coming = ((number + next_t // block - 1) * heads + next_head) * area
+                ask = lanes * wide // (SLABS * ROWS) if next_t > 0 else 0
                 if t0 > 0:
                     entered, entered_at = marks, ((number + t0 // block - 1) * heads + head) * area
                 else:
-                    begin_state(states, 0, area, initial, outer, width, size, long)
+                    begin_state(big, states, 0, area, initial, outer, width, size)
                 for s in range(slabs):
                     many, token = min(slab, count - t0 - s * slab), row * length + begin + t0 + s * slab
                     load_values(us, s * narrow, wide, x, x_step, token, head, ranks, many, rank, width)
@@ -250,81 +287,76 @@ def backward(
                     for i in range(many * rank):
                         copy(scaled, i * wide, us, s * narrow + i * wide, wide, leave[i])
                     state, state_at = (states, s * area) if s > 0 else (entered, entered_at)
-                    product_added(
-                        big, states, (s + 1) * area, state, state_at, long, end, scaled, 0, 1, wide,
-                        ks, s * deep, long, wide, long, many * rank,
-                    )  # fmt: skip
+                    for c in range(0, long, lanes):
+                        product_added(
+                            big, states, (s + 1) * area + c * wide, state, state_at + c * wide, end,
+                            scaled, 0, 1, wide, ks, s * deep + c * ROWS, wide, many * rank, (ks, 0, 0, 0),
+                        )  # fmt: skip
                 copy(through, 0, skip, head * width, width, ONE)
                 for s in range(slabs - 1, -1, -1):
                     many, token = min(slab, count - t0 - s * slab), row * length + begin + t0 + s * slab
                     rows, at, of, on = many * rank, token * heads + head, s * deep, s * narrow
+                    next_token = token - t0 + next_t
                     end = _backward_decays(
                         gates, weights, diagonal, at, heads, many, rank, own, inner, strict, enter, leave, leave_w
                     )  # fmt: skip
                     turn(turned_us, 0, LANES, us, on, wide, ROWS, wide)
-                    product(
-                        tall, ddots, 0, LANES, dys, on, wide, 1, turned_us, 0, LANES, ROWS, LANES, width
-                    )  # fmt: skip
+                    product(tall, ddots, 0, dys, on, wide, turned_us, 0, width)
                     _paths_within(
-                        inner, strict, dots, s * AREA, ddots, room, weights, at, heads, many, rank, own, earlier,
-                        da, dw, dd,
+                        inner, strict, dots, ddots, ddots_sum, s * AREA, room, weights, at, heads, many, rank,
+                        own, earlier, da, dw, dd,
                     )  # fmt: skip
-                    for t in range(many):
-                        prefetch(dx, ((token + t) * heads + head) * width, width)
                     for i in range(ROWS):
-                        copy(scaled_us, i * wide, us, on + i * wide, wide, leave[i])
                         copy(scaled, i * wide, dys, on + i * wide, wide, enter[i])
                     state, state_at = (states, s * area) if s > 0 else (entered, entered_at)
+                    through_state(
+                        big, tall, columns, 0, dstates, base, turned, of, leave_w, dys, on, wide, inner, size, rows,
+                        (dx, (token * heads + head) * width, heads * width, width),
+                        (x, next_token * x_step[0] + next_head * x_step[1], x_step[0], width),
+                    )  # fmt: skip
                     passing = ZERO
-                    to_k[:] = ZERO
-                    to_q[:] = ZERO
-                    for p in range(0, wide, ROWS):  # what is read of the states stays in the first cache
-                        at_s, at_d = state_at + p * long, base + p * long
-                        if t0 > 0:
-                            prefetch(marks, coming, area // (SLABS * wide // ROWS))
-                            coming += area // (SLABS * wide // ROWS)
-                        through_state(
-                            tall, columns, p * LANES, dstates, at_d, long, turned, of, leave_w, dys, on + p, wide,
-                            inner, 0, ROWS, size, rows,
+                    clear(r_in, 0, LANES)
+                    clear(r_out, 0, LANES)
+                    for c in range(0, long, lanes):  # what is read of the states stays in the first cache
+                        at_s, at_d, of_c = state_at + c * wide, base + c * wide, of + c * ROWS
+                        passing += _inner(big, state, at_s, dstates, at_d, lanes * wide, room)
+                        _product_weighed(
+                            big, dk_sum, of_c, leave_w, r_out, ks, us, on, wide, dstates, at_d, width,
+                            (dy, next_token * dy_step[0] + next_head * dy_step[2], dy_step[0], width if c == 0 else 0),
                         )  # fmt: skip
-                        product_added(  # as if all weights were 1, for their own gradient
-                            big, to_k, 0, to_k, 0, long, ONE, scaled_us, p, wide, 1, dstates, at_d, long,
-                            ROWS, long, ROWS,
-                        )  # fmt: skip
-                        passing += _inner(state, at_s, dstates, at_d, ROWS * long, room)
-                        product_added(
-                            big, to_q, 0, to_q, 0, long, ONE, scaled, p, wide, 1, state, at_s, long,
-                            ROWS, long, ROWS,
+                        _product_weighed(
+                            big, dq_sum, of_c, enter, r_in, qs, dys, on, wide, state, at_s, width, (ks, 0, 0, 0)
                         )  # fmt: skip
                         product_added(
-                            big, dstates, at_d, dstates, at_d, long, end, scaled, p, 1, wide, qs, of, long,
-                            ROWS, long, rows,
+                            big, dstates, at_d, dstates, at_d, end, scaled, 0, 1, wide, qs, of_c, wide, rows,
+                            (marks, coming + (s * long + c) * wide // SLABS, ask, ask),
                         )  # fmt: skip
-                    for t in range(many):
-                        for i in range(t * rank, (t + 1) * rank):
-                            r_out[i] = _inner(to_k, i * long, ks, of + i * long, long, room)
-                            r_in[i] = _inner(to_q, i * long, qs, of + i * long, long, room)
-                            _add(dk_sum, of + i * long, to_k, i * long, long, weights[at + t * heads])
-                            _add(dq_sum, of + i * long, to_q, i * long, long, ONE)
+                    for i in range(ROWS):
+                        r_in[i] *= enter[i]
+                        r_out[i] *= leave[i]
                     _paths_beyond(end * passing, r_in, r_out, weights, at, heads, many, rank, da, dw)
-                    product_added(
-                        big, dq_sum, of, dq_sum, of, long, ONE, ddots, 0, LANES, 1, ks, of, long, ROWS, long, rows
-                    )  # fmt: skip
-                    product_added(
-                        big, dk_sum, of, dk_sum, of, long, ONE, ddots, 0, 1, LANES, qs, of, long, ROWS, long, rows
-                    )  # fmt: skip
                     turn(scaled, 0, wide, columns, 0, LANES, wide, LANES)
                     _value_gradients(
                         scaled, dys, us, on, x, x_step, token, head, heads, many, rank, ranks, width, wide, through,
-                        scaled_us, dx, sums, (segment * heads + head) * step,
+                        turned_us, dx, sums, (segment * heads + head) * step,
                     )  # fmt: skip
             for s in range(slabs):
                 many, token = min(slab, count - t0 - s * slab), row * length + begin + t0 + s * slab
-                for i in range(many * rank):
-                    target = (((part * tokens + token) * rank + i) * groups + group) * size
-                    copy(dk, target, dk_sum, s * deep + i * long, size, ONE)
-                    copy(dq, target, dq_sum, s * deep + i * long, size, ONE)
+                for c in range(0, long, lanes):
+                    at, rows = s * deep + c * ROWS, many * rank
+                    product_added(
+                        big, dq_sum, at, dq_sum, at, ONE, ddots_sum, s * AREA, LANES, 1, ks, at, ROWS, rows,
+                        (ks, 0, 0, 0),
+                    )  # fmt: skip
+                    product_added(
+                        big, dk_sum, at, dk_sum, at, ONE, ddots_sum, s * AREA, 1, LANES, qs, at, ROWS, rows,
+                        (ks, 0, 0, 0),
+                    )  # fmt: skip
+                    for i in range(rows if c < size else 0):
+                        target = (((part * tokens + token) * rank + i) * groups + group) * size + c
+                        copy(dk, target, dk_sum, at + i * lanes, min(lanes, size - c), ONE)
+                        copy(dq, target, dq_sum, at + i * lanes, min(lanes, size - c), ONE)
         for head in range(head_begin, head_end):
             outer, base = (segment * heads + head) * width * size, (head - head_begin) * area
-            for p in range(width):
-                copy(dinitial, outer + p * size, dstates, base + p * long, size, ONE)
+            end_state(big, dinitial, outer, dstates, base, width, size)
+    memory[0] = ZERO  # it is needed until here

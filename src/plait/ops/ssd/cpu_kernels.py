@@ -35,7 +35,9 @@ from plait.ops.numba_support import first as first_lanes
 from plait.ops.tile_math import row_read, row_write, tile_flush, tile_zero
 from plait.ops.tiles import (
     LANES,
+    borrow,
     copy,
+    parts,
     prefetch,
     row_load,
     tile_load,
@@ -45,13 +47,13 @@ from plait.ops.tiles import (
     tile_turn,
 )
 
-TILES = "e87e7652"
+TILES = "85a2ed45"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": True}
 ROWS = 16
 """of a slab, padded"""
-SLABS = 4
+SLABS = 8
 """of a block: one state a block is kept for backward"""
 TINY = np.float32(1e-37)
 """Products of several decays below it are 0: denormal numbers cost a processor a hundred times the normal ones."""
@@ -68,6 +70,13 @@ def buffer(count: int) -> Any:
     return room[skip : skip + count]
 
 
+@njit(**INLINE)
+def clear(out: Any, at: int, count: int) -> None:
+    """Zeros, a multiple of 16 of them."""
+    for i in range(at, at + count, LANES):
+        row_write(out, i, tile_zero(ROW), None)
+
+
 @njit(**OPTIONS)
 def up(count: int, step: int) -> int:
     """The next multiple of `step`."""
@@ -76,13 +85,25 @@ def up(count: int, step: int) -> int:
 
 @njit(**OPTIONS)
 def begin_state(
-    state: Any, base: int, area: int, given: Any, at: int, width: int, size: int, long: int
+    big: Any, state: Any, base: int, area: int, given: Any, at: int, width: int, size: int
 ) -> None:
-    """Fill a padded state with `given` (P, N) from `at` on, or with zeros if `given` is empty."""
-    state[base : base + area] = ZERO
+    """Fill a state in panels with `given` (P, N) from `at` on, or with zeros if `given` is empty."""
+    lanes, wide = LANES * len(big[0]), up(width, ROWS)
+    clear(state, base, area)
     if given.size > 0:
+        for c in range(0, size, lanes):
+            for p in range(width):
+                count = min(lanes, size - c)
+                copy(state, base + c * wide + p * lanes, given, at + p * size + c, count, ONE)
+
+
+@njit(**OPTIONS)
+def end_state(big: Any, out: Any, at: int, state: Any, base: int, width: int, size: int) -> None:
+    """Write a state in panels to `out` (P, N) from `at` on."""
+    lanes, wide = LANES * len(big[0]), up(width, ROWS)
+    for c in range(0, size, lanes):
         for p in range(width):
-            copy(state, base + p * long, given, at + p * size, size, ONE)
+            copy(out, at + p * size + c, state, base + c * wide + p * lanes, min(lanes, size - c), ONE)
 
 
 @njit(**OPTIONS)
@@ -97,49 +118,91 @@ def task_heads(part: int, heads: int, groups: int, share: int) -> tuple[int, int
 
 @njit(**OPTIONS)
 def product(
-    shape, out, at, out_step, a, a_at, a_row, a_step, b, b_at, b_step, height, width, count
+    shape, out, at, a, a_at, a_row, b, b_at, count
 ):  # fmt: skip
-    """out (height, width) = the sum over k < count of column k of a and row k of b; b's rows lie side by side."""
-    rows, lanes = len(shape), LANES * len(shape[0])
-    for c in range(0, width, lanes):
-        for r in range(0, height, rows):
-            tile = tile_zero(shape)
-            for k in range(count):
-                row = row_load(shape, b, b_at + k * b_step + c)
-                tile = tile_outer(tile, a, a_at + r * a_row + k * a_step, a_row, row)
-            tile_store(out, at + r * out_step + c, out_step, tile)
+    """out (16, 16) = the sum over k < count of column k of a and row k of b, 16 wide."""
+    for r in range(0, ROWS, len(shape)):
+        tile = tile_zero(shape)
+        for k in range(count):
+            tile = tile_outer(tile, a, a_at + r * a_row + k, a_row, row_load(shape, b, b_at + k * LANES))
+        tile_store(out, at + r * LANES, LANES, tile)
+
+
+@njit(**INLINE)
+def fetch(soon: Any, r: int, rows: int, height: int) -> None:
+    """Ask for what is needed soon, (array, at, step, count) of 16 rows: as many as r to r + rows are of `height`.
+
+    A few lines with each tile come while it is computed; many at once would have to wait for each other.
+    """
+    array, at, step, count = soon
+    for i in range(r * ROWS // height, (r + rows) * ROWS // height):
+        prefetch(array, at + i * step, count)
 
 
 @njit(**OPTIONS)
 def product_added(
-    shape, out, at, given, given_at, step, factor, a, a_at, a_row, a_step, b, b_at, b_step, height, width, count
+    shape, out, at, given, given_at, factor, a, a_at, a_row, a_step, b, b_at, height, count, soon
 ):  # fmt: skip
-    """out = factor * given + the product of `product`; out and given have the same steps."""
-    rows, lanes = len(shape), LANES * len(shape[0])
-    for c in range(0, width, lanes):
-        for r in range(0, height, rows):
-            tile = tile_scale(factor, tile_load(shape, given, given_at + r * step + c, step))
-            for k in range(count):
-                row = row_load(shape, b, b_at + k * b_step + c)
-                tile = tile_outer(tile, a, a_at + r * a_row + k * a_step, a_row, row)
-            tile_store(out, at + r * step + c, step, tile)
+    """One panel: out = factor * given + the sum over k < count of column k of a and row k of b."""
+    lanes = LANES * len(shape[0])
+    for r in range(0, height, len(shape)):
+        fetch(soon, r, len(shape), height)
+        tile = tile_scale(factor, tile_load(shape, given, given_at + r * lanes, lanes))
+        for k in range(count):
+            row = row_load(shape, b, b_at + k * lanes)
+            tile = tile_outer(tile, a, a_at + r * a_row + k * a_step, a_row, row)
+        tile_store(out, at + r * lanes, lanes, tile)
+
+
+@njit(**INLINE)
+def across(
+    big, shape, given, at, high, columns, columns_at, size
+):  # fmt: skip
+    """The tile of rows of `given`, in panels of `high` rows, times columns (N, 16)."""
+    lanes, tile = LANES * len(big[0]), tile_zero(shape)
+    for c in range(0, size, lanes):
+        for n in range(min(lanes, size - c)):
+            row = row_load(shape, columns, columns_at + (c + n) * LANES)
+            tile = tile_outer(tile, given, at + c * high + n, lanes, row)
+    return tile
+
+
+@njit(**OPTIONS)
+def scores(
+    big, tall, out, at, given, given_at, columns, columns_at, size
+):  # fmt: skip
+    """out (16, 16) = given (16, N), in panels, times columns (N, 16)."""
+    for r in range(0, ROWS, len(tall)):
+        place = given_at + r * LANES * len(big[0])
+        tile_store(
+            out, at + r * LANES, LANES, across(big, tall, given, place, ROWS, columns, columns_at, size)
+        )
 
 
 @njit(**OPTIONS)
 def through_state(
-    shape, out, at, state, base, long, columns, columns_at, weights, x, x_at, wide, inner, inner_at, height, size, count
+    big, tall, out, at, state, base, columns, columns_at, weights, x, x_at, wide, inner, size, count, soon, next_values
 ):  # fmt: skip
     """out (P, 16) = (state columns) * weights + x^T inner: what the state and the slab itself give to each row."""
-    for p in range(0, height, len(shape)):
-        tile = tile_zero(shape)
-        for n in range(size):
-            tile = tile_outer(
-                tile, state, base + p * long + n, long, row_load(shape, columns, columns_at + n * LANES)
-            )
-        tile = tile * row_read(weights, 0, None)
+    for p in range(0, wide, len(tall)):
+        fetch(soon, p, len(tall), wide)
+        fetch(next_values, p, len(tall), wide)
+        place = base + p * LANES * len(big[0])
+        tile = across(big, tall, state, place, wide, columns, columns_at, size) * row_read(weights, 0, None)
         for j in range(count):
-            tile = tile_outer(tile, x, x_at + j * wide + p, 1, row_load(shape, inner, inner_at + j * LANES))
+            tile = tile_outer(tile, x, x_at + j * wide + p, 1, row_load(tall, inner, j * LANES))
         tile_store(out, at + p * LANES, LANES, tile)
+
+
+@njit(**OPTIONS)
+def turn_panels(
+    big, out, at, given, given_at, size
+):  # fmt: skip
+    """out (N, 16) = given (16, N), in panels, transposed."""
+    lanes = LANES * len(big[0])
+    for c in range(0, size, LANES):
+        tile = tile_load(_SQUARE, given, given_at + c // lanes * lanes * ROWS + c % lanes, lanes)
+        tile_store(out, at + c * LANES, LANES, tile_turn(tile))
 
 
 @njit(**OPTIONS)
@@ -170,25 +233,26 @@ def times(decay: float, gate: float) -> float:
 
 
 @njit(**OPTIONS)
-def masks(rank: int, many: int) -> tuple[Any, Any]:
+def masks(rank: int, many: int, own: Any, earlier: Any) -> None:
     """own, earlier (tokens, 16): which rows are of the token, and of a token before it; ones and zeros."""
-    own, earlier = buffer(many * LANES), buffer(many * LANES)
     for t in range(many):
-        earlier[t * LANES : t * LANES + t * rank] = ONE
-        own[t * LANES + t * rank : t * LANES + (t + 1) * rank] = ONE
-    return own, earlier
+        for i in range(LANES):
+            own[t * LANES + i] = ONE if i // rank == t else ZERO
+            earlier[t * LANES + i] = ONE if i < t * rank else ZERO
 
 
 @njit(**OPTIONS)
 def load_rows(
-    out, at, out_step, given, step, token, head, many, rank, width
+    out, at, lanes, given, step, token, head, many, rank, width
 ):  # fmt: skip
-    """The rows (many * rank) of a slab's q or k, and zeros after them."""
-    for t in range(many):
-        for r in range(rank):
-            source = (token + t) * step[0] + r * step[1] + head * step[2]
-            copy(out, at + (t * rank + r) * out_step, given, source, width, ONE)
-    out[at + many * rank * out_step : at + ROWS * out_step] = ZERO
+    """The rows (many * rank) of a slab's q, k or dy in panels of `lanes` columns, and zeros after them."""
+    for c in range(0, width, lanes):
+        panel = at + c * ROWS
+        for t in range(many):
+            for r in range(rank):
+                source = (token + t) * step[0] + r * step[1] + head * step[2] + c
+                copy(out, panel + (t * rank + r) * lanes, given, source, min(lanes, width - c), ONE)
+        clear(out, panel + many * rank * lanes, (ROWS - many * rank) * lanes)
 
 
 @njit(**OPTIONS)
@@ -198,7 +262,6 @@ def load_values(
     """The rows u = v m of a slab, and zeros after them."""
     for t in range(many):
         source = (token + t) * x_step[0] + head * x_step[1]
-        prefetch(x, source + many * x_step[0], width)
         first_row = at + t * rank * wide
         if ranks.size == 0:
             copy(us, first_row, x, source, width, ONE)
@@ -208,7 +271,7 @@ def load_values(
             of = (head * rank + r) * width
             for p in range(width):
                 us[first_row + r * wide + p] *= ranks[of + p]
-    us[at + many * rank * wide : at + ROWS * wide] = ZERO
+    clear(us, at + many * rank * wide, (ROWS - many * rank) * wide)
 
 
 @njit(**OPTIONS)
@@ -216,19 +279,20 @@ def forward_decays(
     gates, weights, diagonal, at, heads, many, rank, own, inner, enter, leave
 ):  # fmt: skip
     """inner (16, 16): row j has W_ij over all i; enter (16): c; leave (16): e w of every row. Returns c_end."""
-    inner[many * rank * LANES :] = ZERO
-    enter[:] = ZERO
-    leave[:] = ZERO
+    clear(inner, many * rank * LANES, AREA - many * rank * LANES)
+    clear(enter, 0, LANES)
+    clear(leave, 0, LANES)
     later, c, e = tile_zero(ROW), 1.0, 1.0
     for t in range(many):
         c = times(c, gates[at + t * heads])
-        enter[t * rank : (t + 1) * rank] = c
+        for r in range(t * rank, (t + 1) * rank):
+            enter[r] = c
     for t in range(many - 1, -1, -1):
         mine, w = row_read(own, t * LANES, None), weights[at + t * heads]
         gate = np.float32(gates[at + t * heads])
         line = later * w + mine * diagonal[at + t * heads]
-        leave[t * rank : (t + 1) * rank] = e * w
         for r in range(t * rank, (t + 1) * rank):
+            leave[r] = e * w
             row_write(inner, r * LANES, line, None)
         e = times(e, gates[at + t * heads])
         later = tile_flush(later * gate, TINY) + mine * gate
@@ -246,29 +310,37 @@ def forward(
     first saved state; gates (float64), weights, diagonal (tokens, H): g, w, d; skip (H, P); ranks (H, R, P): m, or
     empty; y (tokens, R, H, P); marks: S entering each block but a sequence's first, padded; empty: save nothing.
     """
-    length, heads, width, groups, size, rank, share, parts = sizes
-    wide, long = up(width, ROWS), up(size, LANES * len(big[0]))
-    area, slab = wide * long, ROWS // rank
-    own, _ = masks(rank, slab)
-    states = buffer(share * area)
-    ks, qs, turned = buffer(ROWS * long), buffer(ROWS * long), buffer(ROWS * long)
-    us, scaled, columns = buffer(ROWS * wide), buffer(ROWS * wide), buffer(ROWS * wide)
-    dots, inner = buffer(AREA), buffer(AREA)
-    enter, leave, through = buffer(LANES), buffer(LANES), buffer(wide)
+    length, heads, width, groups, size, rank, share, pieces = sizes
+    lanes = LANES * len(big[0])
+    wide, long, slab = up(width, ROWS), up(size, lanes), ROWS // rank
+    area = wide * long
+    deep, narrow = ROWS * long, ROWS * wide
+    counts = (
+        slab * LANES, slab * LANES, share * area, deep, deep, deep, narrow, narrow, narrow,
+        AREA, AREA, LANES, LANES, wide,
+    )  # fmt: skip
+    room = buffer(sum(counts))
+    own, earlier, states, ks, qs, turned, us, scaled, columns, dots, inner, enter, leave, through = parts(
+        room, counts
+    )
+    x, k, q, gates, weights, diagonal, skip, ranks, initial, y, final, marks = borrow(
+        x, k, q, gates, weights, diagonal, skip, ranks, initial, y, final, marks
+    )
+    masks(rank, slab, own, earlier)
     for task in range(first, last):
-        segment = task // parts
+        segment = task // pieces
         row, begin, count, number = segments[:, segment]
-        group, head_begin, head_end = task_heads(task % parts, heads, groups, share)
+        group, head_begin, head_end = task_heads(task % pieces, heads, groups, share)
         for head in range(head_begin, head_end):
             outer, base = (segment * heads + head) * width * size, (head - head_begin) * area
-            begin_state(states, base, area, initial, outer, width, size, long)
+            begin_state(big, states, base, area, initial, outer, width, size)
         for t0 in range(0, count, slab):
             many, token = min(slab, count - t0), row * length + begin + t0
             rows = many * rank
-            load_rows(ks, 0, long, k, k_step, token, group, many, rank, size)
-            load_rows(qs, 0, long, q, q_step, token, group, many, rank, size)
-            turn(turned, 0, LANES, qs, 0, long, ROWS, long)
-            product(tall, dots, 0, LANES, ks, 0, long, 1, turned, 0, LANES, ROWS, LANES, size)
+            load_rows(ks, 0, lanes, k, k_step, token, group, many, rank, size)
+            load_rows(qs, 0, lanes, q, q_step, token, group, many, rank, size)
+            turn_panels(big, turned, 0, qs, 0, size)
+            scores(big, tall, dots, 0, ks, 0, turned, 0, size)
             for head in range(head_begin, head_end):
                 base = (head - head_begin) * area
                 if marks.size > 0 and t0 > 0 and t0 % (SLABS * slab) == 0:
@@ -282,17 +354,21 @@ def forward(
                     row_write(inner, i, row_read(inner, i, None) * row_read(dots, i, None), None)
                 for i in range(rows):
                     copy(scaled, i * wide, us, i * wide, wide, leave[i])
-                    prefetch(y, ((token * rank + i) * heads + head) * width, width)
-                for p in range(
-                    0, wide, ROWS
-                ):  # what is read of the state is still in the first cache when written
-                    at = base + p * long
-                    through_state(
-                        tall, columns, p * LANES, states, at, long, turned, 0, enter, us, p, wide, inner, 0,
-                        ROWS, size, rows,
-                    )  # fmt: skip
+                place = (token * rank * heads + head) * width
+                through_state(
+                    big, tall, columns, 0, states, base, turned, 0, enter, us, 0, wide, inner, size, rows,
+                    (y, place, heads * width, width),
+                    (x, (token + many) * x_step[0] + head * x_step[1], x_step[0], width),
+                )  # fmt: skip
+                saved = ((number + t0 // (SLABS * slab)) * heads + head) * area + t0 // slab % SLABS * (
+                    area // SLABS
+                )
+                for c in range(0, long, lanes):
+                    at = base + c * wide
+                    ask = lanes * wide // (SLABS * ROWS) if marks.size > 0 else 0
                     product_added(
-                        big, states, at, states, at, long, end, scaled, p, 1, wide, ks, 0, long, ROWS, long, rows
+                        big, states, at, states, at, end, scaled, 0, 1, wide, ks, c * ROWS, wide, rows,
+                        (marks, saved + c * wide // SLABS, ask, ask),
                     )  # fmt: skip
                 turn(scaled, 0, wide, columns, 0, LANES, wide, LANES)
                 copy(through, 0, skip, head * width, width, ONE)
@@ -304,5 +380,5 @@ def forward(
                         write(y, target + p, out, width - p)
         for head in range(head_begin, head_end):
             outer, base = (segment * heads + head) * width * size, (head - head_begin) * area
-            for p in range(width):
-                copy(final, outer + p * size, states, base + p * long, size, ONE)
+            end_state(big, final, outer, states, base, width, size)
+    room[0] = ZERO  # it is needed until here

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plait.ops.ssd.gpu_forward import (
+from plait.ops.ssd.gpu_tiles import (
     decay_to,
     decays,
     load_steps,
@@ -38,8 +38,8 @@ from plait.ops.ssd.gpu_forward import (
     place,
     reads,
     rows_of,
-    steps_of,
     store_tile,
+    two_parts,
 )
 
 ROWS = 7
@@ -56,16 +56,6 @@ def rounded(t, kind: tl.constexpr):
     else:
         r = t.to(kind).to(tl.float32)
     return r
-
-
-@triton.jit
-def two_parts(t, kind: tl.constexpr):
-    """float32 t as a sum of two numbers of a 16-bit type, with twice its digits."""
-    if kind == tl.bfloat16:
-        high = (t.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        high = t.to(kind).to(tl.float32)
-    return high.to(kind), (t - high).to(kind)
 
 
 @triton.jit
@@ -399,162 +389,16 @@ def own_kernel(x_ptr, k_ptr, q_ptr, dy_ptr, state_ptr, gradient_ptr, vec_ptr, D_
 
 
 @triton.jit
-def shares_kernel(parts_ptr, first_ptr, second_ptr, SIZE, SHARES, BLOCK: tl.constexpr):
-    """first, second (SIZE) = parts (2, SHARES, SIZE) summed over the shares."""
+def shares_kernel(parts_ptr, others_ptr, to_ptr, other_ptr, SIZE, SHARES, BLOCK: tl.constexpr):
+    """to (SIZE) = parts (SHARES, SIZE) summed over the shares, and other = others likewise."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    which = tl.program_id(1).to(tl.int64)
     mask = o < SIZE
     total = tl.zeros((BLOCK,), tl.float32)
-    for share in range(0, SHARES):
-        total += tl.load(parts_ptr + (which * SHARES + share) * SIZE + o, mask=mask, other=0.0)
-    if which == 0:
-        tl.store(first_ptr + o, total.to(first_ptr.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        for share in range(0, SHARES):
+            total += tl.load(parts_ptr + tl.cast(share, tl.int64) * SIZE + o, mask=mask, other=0.0)
+        tl.store(to_ptr + o, total.to(to_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(second_ptr + o, total.to(second_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def rows_sum(rows_ptr, block, h, h_in, H, M, t, entry, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
-    """One kind of `rows` summed over the slices of each head and the ranks of token t: (heads, t)."""
-    total = tl.zeros((h.shape[0], t.shape[0]), tl.float32)
-    mask = h_in[:, None] & ((t >= 0) & (t < T))[None, :]
-    for slice_ in range(0, M):
-        at = rows_ptr + ((block * H + h)[:, None] * M + slice_) * (7 * Q) + entry * Q
-        for r in tl.static_range(R):
-            total += tl.load(at + (t * R + r)[None, :], mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
-def path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M,
-              T: tl.constexpr, TOKENS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
-              V: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """The gradients of a and of w, (heads, TOKENS). Sums run from their small end: none is a difference of two."""
-    t = tl.arange(0, TOKENS)
-    dw = rows_sum(rows_ptr, block, h, h_in, H, M, t, 2, T, Q, R)
-    ends = rows_sum(rows_ptr, block, h, h_in, H, M, t, 1, T, Q, R)
-    inner = tl.zeros((h.shape[0],), tl.float32)
-    m = tl.arange(0, PB)
-    for slice_ in range(0, M):
-        at = inner_ptr + ((block * H + h)[:, None] * M + slice_) * PB + m[None, :]
-        inner += tl.sum(tl.load(at, mask=h_in[:, None], other=0.0), 1)
-    vec = vec_ptr + (block * H + h) * (V * T)
-    through = inner * tl.exp2(tl.load(vec + T - 1, mask=h_in, other=0.0))
-    # what leaves through G from the tokens before t
-    before = rows_sum(rows_ptr, block, h, h_in, H, M, t - 1, 3, T, Q, R)
-    mask = h_in[:, None] & ((t > 0) & (t <= T))[None, :]
-    before *= tl.load(vec[:, None] + T + t[None, :] - 1, mask=mask, other=0.0)
-    da = tl.cumsum(before, 1) + through[:, None]
-    if EXACT:
-        da += rows_sum(rows_ptr, block, h, h_in, H, M, t, 5, T, Q, R) / R
-    else:
-        w = tl.load(vec[:, None] + T + t[None, :], mask=h_in[:, None] & (t < T)[None, :], other=0.0)
-        leaving = rows_sum(rows_ptr, block, h, h_in, H, M, t, 3, T, Q, R)
-        ends += rows_sum(rows_ptr, block, h, h_in, H, M, t, 0, T, Q, R) - (dw - leaving) * w
-    da += tl.cumsum(ends, 1, reverse=True)
-    return da, dw
-
-
-@triton.jit
-def steps_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, dt_ptr, bias_ptr, A_ptr, table_ptr, ddt_ptr, sums_ptr,
-                          L, K, BLOCKS, H, M, dt_s, dt_t, dt_h, low, high,
-                          Q: tl.constexpr, PB: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr,
-                          SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, VARLEN: tl.constexpr,
-                          SKIP: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """ddt (rows, L, H), and for each block the parts (3, blocks, H) of the gradients of A, dt_bias and D (H)."""
-    block = tl.program_id(0).to(tl.int64)
-    row, start, count = place(block, table_ptr, L, K, Q, VARLEN)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    h_in = h < H
-    t = tl.arange(0, Q)
-    inside = (t < count)[:, None] & h_in[None, :]
-    v, u, dt = steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
-                        SOFTPLUS, BIAS)  # fmt: skip
-    dt = tl.trans(dt)
-    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, Q, Q, Q, 1, PB, V, EXACT)
-    A = tl.load(A_ptr + h, mask=h_in, other=0.0).to(tl.float32)
-    ddt = A[:, None] * da + dw
-    u = tl.trans(u)
-    # where the clamp holds, dt does not move
-    ddt = tl.where((u >= low) & (u <= high), ddt, 0.0)
-    if SOFTPLUS:
-        ddt = ddt / (1.0 + tl.exp(-tl.trans(v)))
-    inside = tl.trans(inside)
-    ddt = tl.where(inside, ddt, 0.0)
-    at = ddt_ptr + (row * L + start) * H + t[None, :] * H + h[:, None]
-    tl.store(at, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
-    at = sums_ptr + block * H + h
-    tl.store(at, tl.sum(da * dt, 1), mask=h_in)
-    tl.store(at + BLOCKS * H, tl.sum(ddt, 1), mask=h_in)
-    if SKIP == 1:
-        skip = rows_sum(rows_ptr, block, h, h_in, H, M, t, 6, Q, Q, 1)
-        tl.store(at + 2 * BLOCKS * H, tl.sum(skip, 1), mask=h_in)
-
-
-@triton.jit
-def gates_gradient_kernel(rows_ptr, inner_ptr, vec_ptr, table_ptr, da_ptr, dw_ptr, dg_ptr, sums_ptr,
-                          L, K, H, M, Q: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr,
-                          PB: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr,
-                          SKIP: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """The gradients of a, w and g (rows, L, H), and for each block the part (blocks, H) of that of D (H)."""
-    block = tl.program_id(0).to(tl.int64)
-    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    h_in = h < H
-    t = tl.arange(0, TOKENS)
-    da, dw = path_sums(rows_ptr, inner_ptr, vec_ptr, block, h, h_in, H, M, T, TOKENS, Q, R, PB, V, EXACT)
-    dg = rows_sum(rows_ptr, block, h, h_in, H, M, t, 4, T, Q, R)
-    inside = h_in[:, None] & (t < count)[None, :]
-    to = (row * L + start) * H + t[None, :] * H + h[:, None]
-    tl.store(da_ptr + to, da.to(da_ptr.dtype.element_ty), mask=inside)
-    tl.store(dw_ptr + to, dw, mask=inside)
-    tl.store(dg_ptr + to, dg, mask=inside)
-    if SKIP == 1:
-        skip = rows_sum(rows_ptr, block, h, h_in, H, M, t, 6, T, Q, R)
-        tl.store(sums_ptr + block * H + h, tl.sum(skip, 1), mask=h_in)
-
-
-@triton.jit
-def gates_input_kernel(dw_ptr, dg_ptr, dt_ptr, lam_ptr, table_ptr, ddt_ptr, dlam_ptr, L, K, H,
-                       dt_s, dt_t, dt_h, lam_s, lam_t, lam_h,
-                       T: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, VARLEN: tl.constexpr):  # fmt: skip
-    """The gradients of dt and lam (rows, L, H) from those of g = dt lam and of w = g + the next dt (1 - lam)."""
-    block = tl.program_id(0).to(tl.int64)
-    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
-    continues = (start > 0).to(tl.int32)
-    if VARLEN:
-        continues = 1 - tl.load(table_ptr + block * 4 + 3) % 2
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    t = tl.arange(0, TOKENS)
-    inside = (t < count)[:, None] & (h < H)[None, :]
-    dt_at = dt_ptr + row * dt_s + start * dt_t + t[:, None] * dt_t + h[None, :] * dt_h
-    lam_at = lam_ptr + row * lam_s + start * lam_t + t[:, None] * lam_t + h[None, :] * lam_h
-    dt = tl.load(dt_at, mask=inside, other=0.0).to(tl.float32)
-    lam = tl.load(lam_at, mask=inside, other=0.0).to(tl.float32)
-    at = (row * L + start) * H + t[:, None] * H + h[None, :]
-    own = tl.load(dg_ptr + at, mask=inside, other=0.0) + tl.load(dw_ptr + at, mask=inside, other=0.0)
-    follows = inside & (t + continues > 0)[:, None]
-    before = tl.load(dw_ptr + at - H, mask=follows, other=0.0)
-    ddt = lam * own + (1.0 - lam) * before
-    tl.store(ddt_ptr + at, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
-    tl.store(dlam_ptr + at, (dt * (own - before)).to(dlam_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def skip_kernel(x_ptr, dy_ptr, sums_ptr, L, K, H, x_s, x_t, x_r, x_h, dy_s, dy_t, dy_r, dy_h,
-                R: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Parts (blocks, H, P) of the gradient of D (H, P): x dy summed over T tokens."""
-    block = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    row, start = block // K, (block % K) * T
-    t = tl.arange(0, T)
-    p = tl.arange(0, PB)
-    mask = (start + t < L)[:, None] & (p < P)[None, :]
-    total = tl.zeros((PB,), tl.float32)
-    for r in tl.static_range(R):
-        x_at = x_ptr + row * x_s + start * x_t + r * x_r + h * x_h
-        dy_at = dy_ptr + row * dy_s + start * dy_t + r * dy_r + h * dy_h
-        x = tl.load(x_at + t[:, None] * x_t + p[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_at + t[:, None] * dy_t + p[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(x * dy, 0)
-    tl.store(sums_ptr + (block * H + h) * P + p, total, mask=p < P)
+        for share in range(0, SHARES):
+            total += tl.load(others_ptr + tl.cast(share, tl.int64) * SIZE + o, mask=mask, other=0.0)
+        tl.store(other_ptr + o, total.to(other_ptr.dtype.element_ty), mask=mask)

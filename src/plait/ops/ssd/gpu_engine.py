@@ -1,21 +1,24 @@
 """How the kernels of `gpu_forward.py` and `gpu_backward.py` are tiled and launched, for Mamba-2 and Mamba-3 alike.
 
-A `Plan` is made once for a kind of call (shapes, strides, dtypes, alignment) and kept: its launches go straight to
-Triton's compiled kernels, since looking those up costs the host many times what a launch does. Letters: gpu_forward.py.
+A `Plan` is made once for a kind of call (shapes, strides, dtypes) and kept: it is a `Program` of launches on tensors
+that it knows by name. Letters: gpu_forward.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.config.errors import BackendError
-from plait.ops.ssd import gpu_backward, gpu_forward
+from plait.ops.ssd import gpu_backward, gpu_forward, gpu_steps
+from plait.ops.triton_launch import Plans, Program
+from plait.ops.triton_sums import TOTALS, totals_grid, totals_kernel
 from plait.ops.triton_support import INTERPRET, cdiv, multiprocessors, power_of_2, precision, shared_memory
 
 SHORTEST = 1 if INTERPRET.value else 8
@@ -23,7 +26,6 @@ SHORTEST = 1 if INTERPRET.value else 8
 SHARE_PROGRAMS, VALUE_PROGRAMS = 6, 12
 """Programs a multiprocessor into which the heads of groups are shared out, at least: where sums over them have to be
 added up afterwards, and where not."""
-_PLANS_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Config:
     """PB, columns of a head's state that a program holds"""
     states: int
     """NB is at least so much"""
+    twice: bool = True
+    """Of 16-bit inputs: states are added up from two parts of what each token adds. Where decays are slow, rounding it
+    once costs dA twice the error, and ddt and dt_bias a quarter more; a second product costs less than wider states."""
     forward: Tuning = Tuning()
     state: Tuning = Tuning(stages=3)
     pair: Tuning = Tuning(registers=168, programs=3)
@@ -94,13 +99,29 @@ class Pieces(NamedTuple):
     """pieces a row"""
 
 
-class Plan:
-    """The sizes of one kind of call, and its launches. x (S, T, R, H, P); k, q (S, T, R, G, N)."""
+class Named(NamedTuple):
+    """A wide tensor (S, T, R, heads, channels) by its name, and one like it."""
 
-    def __init__(self, x: Tensor, k: Tensor, n_seq: int, *, packed: bool, gated: bool) -> None:
+    name: str
+    like: Tensor
+
+    def strides(self, letter: str) -> dict[str, int]:
+        """Its strides as the kernels name them: x_s, x_t, x_r, x_h."""
+        return {f"{letter}_{d}": n for d, n in zip("strh", self.like.stride()[:4], strict=True)}
+
+
+class Plan:
+    """The sizes of one kind of call, and its launches on tensors with the names `given`.
+
+    Made from x (S, T, R, H, P) and k (S, T, R, G, N).
+    """
+
+    def __init__(
+        self, given: tuple[str, ...], x: Tensor, k: Tensor, n_seq: int, *, packed: bool, gated: bool
+    ) -> None:
         self.rows, self.length, self.rank, self.heads, self.width = x.shape
         self.groups, self.state = k.shape[3:]
-        self.n_seq, self.packed, self.gated = n_seq, packed, gated
+        self.n_seq, self.packed = n_seq, packed
         self.device, self.dtype = x.device, x.dtype
         self.config = config = choose_config(x.dtype, self.state, x.device)
         self.block = config.rows // self.rank
@@ -113,8 +134,8 @@ class Plan:
         self.columns = self.heads * self.slices
         self.padded_state = power_of_2(self.state, config.states)
         exact = x.dtype == torch.float32
-        self.vectors = 2 + gated + exact
         whole = self.length % self.block == 0 and self.block * self.rank == config.rows
+        heads = min(16, power_of_2(self.heads))
         self.sizes: dict[str, Any] = {
             "L": self.length,
             "K": self.steps,
@@ -126,69 +147,42 @@ class Plan:
             "Q": config.rows,
             "T": self.block,
             "TOKENS": power_of_2(self.block),
-            "HEADS": min(16, power_of_2(self.heads)),
+            "HEADS": heads,
             "R": self.rank,
             "P": self.width,
             "N": self.state,
             "PB": self.slice,
             "NB": self.padded_state,
-            "V": self.vectors,
+            "V": 2 + gated + exact,
             "VARLEN": packed,
             "FULL": whole and not packed,
             "GATED": gated,
             "EXACT": exact,
             "PRECISION": precision(x),
         }
-        self._ready: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.narrow_grid = (self.blocks, cdiv(self.heads, heads), 1)
+        self.program = Program(given)
+        self.table = None
+        if packed:
+            self.table = self.program.memory("table", self.blocks, 4, dtype=torch.int32)
+            more = {"S": n_seq, "C": self.blocks, "BLOCK": 64, "SEQUENCES": 64}
+            self.launch(gpu_steps.table_kernel, (cdiv(self.blocks, 64), 1, 1), ("cu", "table"), more)
+
+    def add_vec(self) -> None:
+        """Memory for `vec`."""
+        self.program.memory("vec", self.blocks, self.heads, self.sizes["V"], self.block)
 
     def launch(
         self,
-        name: str,
         kernel: Any,
         grid: tuple[int, int, int],
-        tensors: tuple[Tensor | None, ...],
-        more: Callable[[], dict[str, Any]],
+        tensors: tuple[str | None, ...],
+        more: Mapping[str, Any],
         tuning: Tuning | None = None,
     ) -> None:
-        """Launch `kernel`; its pointers come first, what else it takes is found by name in `sizes` and `more()`.
-
-        A tensor that the kernel will not use may be None. `name` is the same only for launches that are the same.
-        """
-        stand_in = tensors[0]
-        pointers = tuple(stand_in if t is None else t for t in tensors)
-        ready = self._ready.get(name)
-        if ready is not None:
-            run, rest = ready
-            run(*pointers, *rest)
-            return
-        numbers = {**self.sizes, **more()}
-        names = kernel.arg_names[len(pointers) :]
+        """Launch `kernel` next, on these tensors; what else it takes is found by name in `more` and `sizes`."""
         options = (tuning or self.config.narrow).options()
-        compiled = kernel[grid](*pointers, **{n: numbers[n] for n in names}, **options)
-        if not INTERPRET.value:
-            self._ready[name] = compiled[grid], tuple(numbers[n] for n in names)
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """New memory."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def table(self, cu_seqlens: Tensor | None) -> Tensor | None:
-        """What `table_kernel` writes; None unless packed."""
-        if cu_seqlens is None:
-            return None
-        table = self.empty(self.blocks, 4, dtype=torch.int32)
-        more = {"S": self.n_seq, "C": self.blocks, "BLOCK": 64, "SEQUENCES": 64}
-        grid = (cdiv(self.blocks, 64), 1, 1)
-        self.launch("table", gpu_forward.table_kernel, grid, (cu_seqlens, table), lambda: more)
-        return table
-
-    def narrow_grid(self) -> tuple[int, int, int]:
-        """The grid of the kernels over blocks and heads."""
-        return self.blocks, cdiv(self.heads, self.sizes["HEADS"]), 1
-
-    def new_vec(self) -> Tensor:
-        """Memory for `vec`."""
-        return self.empty(self.blocks, self.heads, self.vectors, self.block)
+        self.program.add(kernel, grid, tensors, {**self.sizes, **more}, **options)
 
     def cut(self, tuning: Tuning) -> Pieces:
         """Cut the rows where that gives more programs, but not more than the device holds at once."""
@@ -205,20 +199,18 @@ class Plan:
 
     def walk(
         self,
-        x: Tensor,
-        k: Tensor,
-        vec: Tensor,
-        table: Tensor | None,
+        x: Named,
+        k: Named,
         pieces: Pieces,
-        initial: Tensor | None,
-        entry: Tensor | None,
-        out: Tensor | None,
-        final: Tensor | None,
-        decay: Tensor | None,
+        initial: str | None,
+        entry: str | None,
+        out: str | None,
+        final: str | None,
+        decay: str | None,
         reverse: bool,
     ) -> None:
         """Launch `state_kernel`; `decay` given: only what each piece adds, into `final`."""
-        flags = {
+        more = {
             "SCAN": power_of_2(pieces.blocks),
             "REVERSE": reverse,
             "INITIAL": initial is not None,
@@ -226,235 +218,145 @@ class Plan:
             "STORE": out is not None,
             "FINAL": final is not None and decay is None,
             "PIECE_FINAL": decay is not None,
+            "TWICE": self.config.twice and not self.sizes["EXACT"],
+            "PIECE": pieces.blocks,
+            "PIECES": pieces.pieces,
+            **x.strides("x"),
+            **k.strides("k"),
         }
-        self.launch(
-            f"state{reverse}{pieces.blocks}{decay is None}",
-            gpu_forward.state_kernel,
-            (self.rows * pieces.pieces * self.columns, 1, 1),
-            (x, k, vec, table, initial, entry, out, final, decay),
-            lambda: {"PIECE": pieces.blocks, "PIECES": pieces.pieces, **strides(x=x, k=k), **flags},
-            self.config.state,
-        )
+        grid = (self.rows * pieces.pieces * self.columns, 1, 1)
+        names = (x.name, k.name, "vec", self.table, initial, entry, out, final, decay)
+        self.launch(gpu_forward.state_kernel, grid, names, more, self.config.state)
 
-    def entries(
-        self,
-        x: Tensor,
-        k: Tensor,
-        vec: Tensor,
-        table: Tensor | None,
-        pieces: Pieces,
-        initial: Tensor | None,
-        reverse: bool,
-    ) -> Tensor | None:
+    def entries(self, x: Named, k: Named, pieces: Pieces, initial: str | None, reverse: bool) -> str | None:
         """What enters each piece (pieces, H, P, N), from what the pieces before add; None for one piece a row."""
         if pieces.pieces == 1:
             return None
-        final = self.empty(self.rows * pieces.pieces, self.heads, self.width, self.state)
-        decay = self.empty(self.rows * pieces.pieces, self.heads)
-        self.walk(x, k, vec, table, pieces, initial, None, None, final, decay, reverse)
-        entry = torch.empty_like(final)
-        size = self.width * self.state
+        names = tuple(f"{what} {x.name}" for what in ("added", "decay", "entry"))
+        added, decay, entry = names
+        count, size = self.rows * pieces.pieces, self.width * self.state
+        for name in (added, entry):
+            self.program.memory(name, count, self.heads, self.width, self.state)
+        self.program.memory(decay, count, self.heads)
+        self.walk(x, k, pieces, initial, None, None, added, decay, reverse)
         more = {"PIECES": pieces.pieces, "SIZE": size, "BLOCK": 1024, "REVERSE": reverse}
         grid = (cdiv(size, 1024), self.rows * self.heads, 1)
-        kernel = gpu_forward.carry_kernel
-        name = f"carry{reverse}{pieces.blocks}"
-        self.launch(name, kernel, grid, (final, decay, entry), lambda: more)
+        self.launch(gpu_forward.carry_kernel, grid, names, more)
         return entry
 
-    def copy_empty(self, cu_seqlens: Tensor | None, given: Tensor | None, to: Tensor, name: str) -> None:
+    def copy_empty(self, given: str | None, to: str) -> None:
         """The states of packed sequences without tokens: those given, or zeros."""
-        if cu_seqlens is not None:
+        if self.packed:
             size = self.heads * self.width * self.state
             more = {"SIZE": size, "GIVEN": given is not None, "BLOCK": 1024}
-            grid = (self.n_seq, 1, 1)
-            self.launch(name, gpu_forward.empty_kernel, grid, (cu_seqlens, given, to), lambda: more)
+            self.launch(gpu_forward.empty_kernel, (self.n_seq, 1, 1), ("cu", given, to), more)
 
     def states(
-        self,
-        x: Tensor,
-        k: Tensor,
-        vec: Tensor,
-        table: Tensor | None,
-        initial: Tensor | None,
-        final: Tensor | None,
-        reverse: bool,
-    ) -> Tensor:
+        self, to: str, x: Named, k: Named, initial: str | None, final: str | None, reverse: bool
+    ) -> None:
         """The state that enters each block (`reverse`: the gradient of the one that leaves it); `final` is filled."""
         pieces = self.cut(self.config.state)
-        entry = self.entries(x, k, vec, table, pieces, initial, reverse)
-        out = self.empty(self.blocks, self.columns, self.padded_state, self.slice, dtype=self.dtype)
-        self.walk(x, k, vec, table, pieces, initial, entry, out, final, None, reverse)
-        return out
+        entry = self.entries(x, k, pieces, initial, reverse)
+        self.program.memory(to, self.blocks, self.columns, self.padded_state, self.slice, dtype=self.dtype)
+        self.walk(x, k, pieces, initial, entry, to, final, None, reverse)
 
-    def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        q: Tensor,
-        vec: Tensor,
-        D: Tensor | None,
-        table: Tensor | None,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Named, k: Named, q: Named, D: Tensor | None, initial: str | None) -> None:
         """y (S, T, R, H, P) and the final states (n_seq, H, P, N)."""
         pieces = self.cut(self.config.forward)
-        entry = self.entries(x, k, vec, table, pieces, initial, reverse=False)
-        y = self.empty(*x.shape, dtype=self.dtype)
-        final = self.empty(self.n_seq, self.heads, self.width, self.state)
-        flags = {
+        entry = self.entries(x, k, pieces, initial, reverse=False)
+        more = {
             "SKIP": 0 if D is None else D.dim(),
             "INITIAL": initial is not None,
             "ENTRY": entry is not None,
             "PIECE": pieces.blocks,
             "PIECES": pieces.pieces,
+            **x.strides("x"),
+            **k.strides("k"),
+            **q.strides("q"),
         }
-        self.launch(
-            "forward",
-            gpu_forward.forward_kernel,
-            (self.rows * pieces.pieces * self.columns, 1, 1),
-            (x, k, q, vec, D, table, initial, entry, y, final),
-            lambda: {**strides(x=x, k=k, q=q), **flags},
-            self.config.forward,
-        )
-        self.copy_empty(cu_seqlens, initial, final, "empty")
-        return y, final
+        grid = (self.rows * pieces.pieces * self.columns, 1, 1)
+        names = (x.name, k.name, q.name, "vec", "D", self.table, initial, entry, "y", "final")
+        self.launch(gpu_forward.forward_kernel, grid, names, more, self.config.forward)
+        self.copy_empty(initial, "final")
 
     def backward(
         self,
-        dy: Tensor,
-        dfinal: Tensor | None,
-        x: Tensor,
-        k: Tensor,
-        q: Tensor,
-        vec: Tensor,
+        dy: Named,
+        x: Named,
+        k: Named,
+        q: Named,
         D: Tensor | None,
-        table: Tensor | None,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """The gradients of x, k, q and the initial state; `rows` and `inner` for the narrow ones."""
-        states = self.states(x, k, vec, table, initial, None, reverse=False)
-        dinitial = None if initial is None else self.empty(*initial.shape)
-        gradients = self.states(dy, q, vec, table, dfinal, dinitial, reverse=True)
-        if dinitial is not None:
-            self.copy_empty(cu_seqlens, dfinal, dinitial, "empty back")
-        rows = self.empty(self.blocks, self.columns, gpu_backward.ROWS, self.config.rows)
-        inner = self.empty(self.blocks, self.columns, self.slice)
-        dx = self.empty(*x.shape, dtype=self.dtype)
-        skip = {"SKIP": 0 if D is None else D.dim()}
-        shape = (self.rows, self.length, self.rank, self.groups, self.state)
-        dk, dq = (self.empty(*shape, dtype=self.dtype) for _ in "kq")
+        initial: str | None,
+        dfinal: str | None,
+    ) -> None:
+        """The gradients dx, dk, dq and dinitial; `rows` and `inner` for the narrow ones."""
+        self.states("states", x, k, initial, None, reverse=False)
+        self.states("gradients", dy, q, dfinal, None if initial is None else "dinitial", reverse=True)
+        if initial is not None:
+            self.copy_empty(dfinal, "dinitial")
+        self.program.memory("rows", self.blocks, self.columns, gpu_backward.ROWS, self.config.rows)
+        self.program.memory("inner", self.blocks, self.columns, self.slice)
+        skip = 0 if D is None else D.dim()
+        wide = {**x.strides("x"), **k.strides("k"), **q.strides("q"), **dy.strides("dy"), "SKIP": skip}
+        four = (x.name, k.name, q.name, dy.name)
 
         if self.columns == self.groups:
-            self.launch(
-                "own",
-                gpu_backward.own_kernel,
-                (self.blocks * self.heads, 1, 1),
-                (x, k, q, dy, states, gradients, vec, D, table, rows, inner, dx, dk, dq),
-                lambda: {**strides(x=x, k=k, q=q, dy=dy), **skip},
-                self.config.own,
-            )
-            return dx, dk, dq, dinitial, rows, inner
+            to = ("vec", "D", self.table, "rows", "inner", "dx", "dk", "dq")
+            grid = (self.blocks * self.heads, 1, 1)
+            all_names = (*four, "states", "gradients", *to)
+            self.launch(gpu_backward.own_kernel, grid, all_names, wide, self.config.own)
+            return
 
         per_group = self.columns // self.groups
         shares = self.shares(SHARE_PROGRAMS)
-        through_k, through_q = self.empty(2, shares, *shape)
-        parts = None if shares == 1 else self.empty(2, shares, *shape)
+        shape = (self.rows, self.length, self.rank, self.groups, self.state)
+        for name in ("through k", "through q"):
+            self.program.memory(name, shares, *shape)
+        dk, dq = "dk", "dq"
+        if shares > 1:
+            dk = self.program.memory("parts of dk", shares, *shape)
+            dq = self.program.memory("parts of dq", shares, *shape)
         grid = (self.blocks * self.groups * shares, 1, 1)
         share = {"SHARE": per_group // shares}
-        self.launch(
-            "pair",
-            gpu_backward.pair_kernel,
-            grid,
-            (x, k, q, dy, vec, table, rows, through_q, through_k),
-            lambda: {**strides(x=x, k=k, q=q, dy=dy), **share},
-            self.config.pair,
-        )
-        self.launch(
-            "key",
-            gpu_backward.state_rows_kernel,
-            grid,
-            (
-                x,
-                k,
-                gradients,
-                gradients,
-                vec,
-                table,
-                rows,
-                inner,
-                through_k,
-                dk if parts is None else parts[0],
-            ),
-            lambda: {**strides(x=x, k=k), **share, "QUERY": False},
-            self.config.key,
-        )
-        self.launch(
-            "query",
-            gpu_backward.state_rows_kernel,
-            grid,
-            (dy, q, states, gradients, vec, table, rows, inner, through_q, dq if parts is None else parts[1]),
-            lambda: {**strides(x=dy, k=q), **share, "QUERY": True},
-            self.config.query,
-        )
+        names: tuple[str | None, ...] = (*four, "vec", self.table, "rows", "through q", "through k")
+        self.launch(gpu_backward.pair_kernel, grid, names, {**wide, **share}, self.config.pair)
+        both = ("gradients", "vec", self.table, "rows", "inner")
+        more = {**x.strides("x"), **k.strides("k"), **share, "QUERY": False}
+        names = (x.name, k.name, "gradients", *both, "through k", dk)
+        self.launch(gpu_backward.state_rows_kernel, grid, names, more, self.config.key)
+        more = {**dy.strides("x"), **q.strides("k"), **share, "QUERY": True}
+        names = (dy.name, q.name, "states", *both, "through q", dq)
+        self.launch(gpu_backward.state_rows_kernel, grid, names, more, self.config.query)
         value_shares = self.shares(VALUE_PROGRAMS)
-        self.launch(
-            "value",
-            gpu_backward.value_kernel,
-            (self.blocks * self.groups * value_shares, 1, 1),
-            (x, k, q, dy, gradients, vec, D, table, rows, dx),
-            lambda: {**strides(x=x, k=k, q=q, dy=dy), **skip, "SHARE": per_group // value_shares},
-            self.config.value,
-        )
-        if parts is not None:
-            more = {"SIZE": dk.numel(), "SHARES": shares, "BLOCK": 1024}
-            grid = (cdiv(dk.numel(), 1024), 2, 1)
-            self.launch("shares", gpu_backward.shares_kernel, grid, (parts, dk, dq), lambda: more)
-        return dx, dk, dq, dinitial, rows, inner
+        grid = (self.blocks * self.groups * value_shares, 1, 1)
+        names = (*four, "gradients", "vec", "D", self.table, "rows", "dx")
+        more = {**wide, "SHARE": per_group // value_shares}
+        self.launch(gpu_backward.value_kernel, grid, names, more, self.config.value)
+        if shares > 1:
+            size = prod(shape)
+            more = {"SIZE": size, "SHARES": shares, "BLOCK": 1024}
+            self.launch(gpu_backward.shares_kernel, (cdiv(size, 1024), 2, 1), (dk, dq, "dk", "dq"), more)
 
-    def skip_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+    def totals(self, parts: str, count: int, columns: int, *to: str | None) -> None:
+        """Sum parts (tensors, count, columns), float32, into tensors that hold so many columns."""
+        first, second, third = (*to, None, None)[:3]
+        more = {"parts": count, "columns": columns, "SECOND": bool(second), "THIRD": bool(third), **TOTALS}
+        grid = totals_grid(columns, 3 if third else 2 if second else 1)
+        self.launch(totals_kernel, grid, (parts, first, second, third), more)
+
+    def skip_gradient(self, x: Named, dy: Named) -> None:
         """The gradient of D (H, P)."""
         tokens = 128
         steps = cdiv(self.length, tokens)
-        sums = self.empty(self.rows * steps, self.heads, self.width)
-        self.launch(
-            "skip",
-            gpu_backward.skip_kernel,
-            (self.rows * steps, self.heads, 1),
-            (x, dy, sums),
-            lambda: {**strides(x=x, dy=dy), "K": steps, "T": tokens, "PB": power_of_2(self.width)},
-        )
-        return sums.sum(0)
+        self.program.memory("parts of dD", self.rows * steps, self.heads, self.width)
+        more = {"K": steps, "T": tokens, "PB": power_of_2(self.width), **x.strides("x"), **dy.strides("dy")}
+        grid = (self.rows * steps, self.heads, 1)
+        self.launch(gpu_steps.skip_kernel, grid, (x.name, dy.name, "parts of dD"), more)
+        self.totals("parts of dD", self.rows * steps, self.heads * self.width, "dD")
 
 
-_plans: dict[Any, Plan] = {}
-
-
-def plan_of(kind: Any, tensors: tuple[Tensor | None, ...], make: Callable[[], Plan]) -> Plan:
-    """The plan for a kind of call (hashable) on tensors like these: made by `make`, or kept from an earlier call."""
-    key = (
-        kind,
-        *(
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
-            for t in tensors
-        ),
-    )
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.clear()
-        plan = _plans[key] = make()
-    return plan
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """The strides of wide tensors (S, T, R, heads, channels) as the kernels name them."""
-    return {
-        f"{name}_{letter}": n
-        for name, t in tensors.items()
-        for letter, n in zip("strh", t.stride()[:4], strict=True)
-    }
+plans: Plans[Plan] = Plans()
+"""Of the kinds of calls so far."""
 
 
 def narrow_strides(**tensors: Tensor) -> dict[str, int]:
@@ -473,9 +375,14 @@ def as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def as_dense(t: Tensor | None) -> Tensor | None:
-    """t without gaps."""
-    return None if t is None else t.contiguous()
+def kind(t: Tensor | None) -> Any:
+    """What a plan knows of a small tensor without gaps."""
+    return None if t is None else (t.dtype, t.dim())
+
+
+def new_like(t: Tensor) -> Tensor:
+    """New memory for a gradient of t, without gaps."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def none_is_empty(like: Tensor, t: Tensor | None) -> Tensor:

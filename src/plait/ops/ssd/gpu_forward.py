@@ -1,4 +1,4 @@
-"""Mamba-2's and Mamba-3's recurrence on a GPU: what both directions share, and the forward pass, in Triton.
+"""Mamba-2's and Mamba-3's recurrence on a GPU, the forward pass, in Triton.
 
     S_t = exp(a_t) S_{t-1} + w_t k_t x_t^T          S (N, P) of each head
     y_t = S_t^T q_t + D x_t                         (Mamba-2: k = B, q = C, w = dt, a = dt A)
@@ -31,246 +31,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plait.ops.triton_support import LOG2E, softplus
+from plait.ops.ssd.gpu_tiles import (
+    decay_to,
+    exponents,
+    load_steps,
+    load_tile,
+    place_in_row,
+    reads,
+    rows_of,
+    state_tile,
+    store_tile,
+    two_parts,
+)
 
-# 2^-160 is 0 in float32: a stronger single step changes nothing but would use up the sum's digits.
-FLOOR = tl.constexpr(-160.0)
 # What has decayed by 2^-60 is nothing beside what has not.
 FAINT = tl.constexpr(-60.0)
 
 
 @triton.jit
-def table_kernel(cu_ptr, table_ptr, S, C, T, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Fill `table` for cu_seqlens (S+1,): blocks of T tokens, in order; those beyond the last hold no token."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    owner = tl.zeros((BLOCK,), tl.int32)
-    first = tl.zeros((BLOCK,), tl.int32)
-    done = 0
-    for at in range(0, S, SEQUENCES):
-        s = at + tl.arange(0, SEQUENCES)
-        begin = tl.load(cu_ptr + s, mask=s < S, other=0).to(tl.int32)
-        end = tl.load(cu_ptr + s + 1, mask=s < S, other=0).to(tl.int32)
-        blocks = (end - begin + T - 1) // T
-        until = done + tl.cumsum(blocks, 0)
-        passed = (until[None, :] <= c[:, None]) & (s < S)[None, :]
-        owner += tl.sum(passed.to(tl.int32), 1)
-        first = tl.maximum(first, tl.max(tl.where(passed, until[None, :], 0), 1))
-        done += tl.sum(blocks, 0)
-    exists = owner < S
-    begin = tl.load(cu_ptr + owner, mask=exists, other=0).to(tl.int32)
-    end = tl.load(cu_ptr + owner + 1, mask=exists, other=0).to(tl.int32)
-    start = begin + (c - first) * T
-    count = tl.where(exists, tl.minimum(end - start, T), 0)
-    flags = tl.where(exists, (c == first).to(tl.int32) + 2 * (start + T >= end).to(tl.int32), 0)
-    inside = c < C
-    tl.store(table_ptr + c * 4, tl.where(exists, start, 0), mask=inside)
-    tl.store(table_ptr + c * 4 + 1, count, mask=inside)
-    tl.store(table_ptr + c * 4 + 2, tl.where(exists, owner, 0), mask=inside)
-    tl.store(table_ptr + c * 4 + 3, flags, mask=inside)
-
-
-@triton.jit
-def place(block, table_ptr, L, K, T, VARLEN: tl.constexpr):
-    """Row, first token and number of tokens of a block."""
-    if VARLEN:
-        row = block * 0
-        start = tl.load(table_ptr + block * 4)
-        count = tl.load(table_ptr + block * 4 + 1)
+def add_block(S, x, kT, w, end, TWICE: tl.constexpr, PRECISION: tl.constexpr):
+    """2^end S + k^T (w x): the state after a block. TWICE: with w x, of 16 bits, in two parts."""
+    scaled = x.to(tl.float32) * w[:, None]
+    S *= tl.exp2(end)
+    if TWICE:
+        high, low = two_parts(scaled, x.dtype)
+        S = tl.dot(kT, high, S)
+        S = tl.dot(kT, low, S)
     else:
-        row = block // K
-        start = (block % K) * T
-        count = tl.minimum(L - start, T)
-    return row.to(tl.int64), start.to(tl.int64), count
-
-
-@triton.jit
-def place_in_row(block, k, table_ptr, L, T, VARLEN: tl.constexpr):
-    """First token and number of tokens of a block, number k of its row."""
-    if VARLEN:
-        start = tl.load(table_ptr + block * 4)
-        count = tl.load(table_ptr + block * 4 + 1)
-    else:
-        start = k * T
-        count = tl.minimum(L - start, T)
-    return start.to(tl.int64), count
-
-
-@triton.jit
-def steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
-             SOFTPLUS: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """dt before and after softplus and clamp, (T, heads); 0 where `inside` is false."""
-    at = dt_ptr + row * dt_s + start * dt_t
-    v = tl.load(at + t[:, None] * dt_t + h[None, :] * dt_h, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        v += tl.load(bias_ptr + h, mask=h_in, other=0.0).to(tl.float32)[None, :]
-    u = softplus(v) if SOFTPLUS else v
-    dt = tl.clamp(u, low, high, propagate_nan=tl.PropagateNan.ALL)
-    return v, u, tl.where(inside, dt, 0.0)
-
-
-@triton.jit
-def store_vec(vec_ptr, block, h, h_in, H, a, w, g, T: tl.constexpr, TOKENS: tl.constexpr, V: tl.constexpr,
-              GATED: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Write a block's entries of `vec` (TOKENS: T or the next power of two); a in base 2, float64 if EXACT."""
-    t = tl.arange(0, TOKENS)
-    at = vec_ptr + ((block.to(tl.int64) * H + h)[None, :] * V) * T + t[:, None]
-    mask = h_in[None, :] & (t < T)[:, None]
-    a = tl.maximum(a, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    c = tl.cumsum(a, 0)
-    high = c.to(tl.float32)
-    tl.store(at, high, mask=mask)
-    tl.store(at + T, w, mask=mask)
-    if GATED:
-        tl.store(at + 2 * T, g, mask=mask)
-    if EXACT:
-        tl.store(at + (V - 1) * T, (c - high).to(tl.float32), mask=mask)
-
-
-@triton.jit
-def steps_kernel(dt_ptr, bias_ptr, A_ptr, vec_ptr, table_ptr, L, K, H, dt_s, dt_t, dt_h, low, high,
-                 T: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
-                 VARLEN: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Mamba-2's `vec` for HEADS heads of one block: dt = clamp(softplus(dt + bias)), a = dt A."""
-    block = tl.program_id(0)
-    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    t = tl.arange(0, T)
-    h_in = h < H
-    inside = (t < count)[:, None] & h_in[None, :]
-    _, _, dt = steps_of(dt_ptr, bias_ptr, row, start, t, h, inside, h_in, dt_s, dt_t, dt_h, low, high,
-                        SOFTPLUS, BIAS)  # fmt: skip
-    A = tl.load(A_ptr + h, mask=h_in, other=0.0).to(tl.float32)[None, :]
-    if EXACT:
-        a = dt.to(tl.float64) * A.to(tl.float64) * 1.4426950408889634
-    else:
-        a = dt * (A * LOG2E)
-    store_vec(vec_ptr, block, h, h_in, H, a, dt, dt, T, T, 3 if EXACT else 2, False, EXACT)
-
-
-@triton.jit
-def gates_kernel(a_ptr, dt_ptr, lam_ptr, vec_ptr, table_ptr, L, K, H, a_s, a_t, a_h, dt_s, dt_t, dt_h,
-                 lam_s, lam_t, lam_h, T: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
-                 VARLEN: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Mamba-3's `vec`: g = dt lam, w = g + dt (1 - lam) of the sequence's next token, if it has one."""
-    block = tl.program_id(0).to(tl.int64)
-    row, start, count = place(block, table_ptr, L, K, T, VARLEN)
-    goes_on = (start + T < L).to(tl.int32)
-    if VARLEN:
-        goes_on = 1 - tl.load(table_ptr + block * 4 + 3) // 2
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    t = tl.arange(0, TOKENS)
-    h_in = h < H
-    inside = (t < count)[:, None] & h_in[None, :]
-    following = inside & (t + 1 < count + goes_on)[:, None]
-    dt_at = dt_ptr + row * dt_s + start * dt_t + t[:, None] * dt_t + h[None, :] * dt_h
-    lam_at = lam_ptr + row * lam_s + start * lam_t + t[:, None] * lam_t + h[None, :] * lam_h
-    g = tl.load(dt_at, mask=inside, other=0.0).to(tl.float32)
-    g *= tl.load(lam_at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(dt_at + dt_t, mask=following, other=0.0).to(tl.float32)
-    w = g + w * (1.0 - tl.load(lam_at + lam_t, mask=following, other=0.0).to(tl.float32))
-    a_at = a_ptr + row * a_s + start * a_t + t[:, None] * a_t + h[None, :] * a_h
-    a = tl.load(a_at, mask=inside, other=0.0).to(tl.float32)
-    if EXACT:
-        a = a.to(tl.float64) * 1.4426950408889634
-    else:
-        a = a * LOG2E
-    store_vec(vec_ptr, block, h, h_in, H, a, w, g, T, TOKENS, 4 if EXACT else 3, True, EXACT)
-
-
-@triton.jit
-def state_tile(ptr, i, h, H, n, p, P: tl.constexpr, N: tl.constexpr):
-    """Pointers to, and mask of, rows n and columns p of head h's state in a tensor (i, H, P, N)."""
-    at = ptr + (i * H + h) * (P * N)
-    return at + (p[None, :] * N + n[:, None]), (n < N)[:, None] & (p < P)[None, :]
-
-
-@triton.jit
-def rows_of(i, s_t, s_r, R: tl.constexpr):
-    """Offsets of rows i (token i // R, rank i % R) in a block."""
-    if R == 1:
-        at = i * s_t
-    else:
-        at = (i // R) * s_t + (i % R) * s_r
-    return at
-
-
-@triton.jit
-def load_tile(at, row_in, channel_in, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The tile at pointers `at`, 0 outside; ROWS, CHANNELS: whether row_in, channel_in leave any out."""
-    if ROWS and CHANNELS:
-        tile = tl.load(at, mask=row_in & channel_in, other=0.0)
-    elif ROWS:
-        tile = tl.load(at, mask=row_in, other=0.0)
-    elif CHANNELS:
-        tile = tl.load(at, mask=channel_in, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def store_tile(at, tile, row_in, channel_in, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write what `load_tile` reads."""
-    value = tile.to(at.dtype.element_ty)
-    if ROWS and CHANNELS:
-        tl.store(at, value, mask=row_in & channel_in)
-    elif ROWS:
-        tl.store(at, value, mask=row_in)
-    elif CHANNELS:
-        tl.store(at, value, mask=channel_in)
-    else:
-        tl.store(at, value)
-
-
-@triton.jit
-def load_steps(ptr, i_t, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
-    """One of the T-vectors of `vec` for the rows of a block; 0 in rows beyond its tokens."""
-    if T * R == Q:
-        v = tl.load(ptr + i_t)
-    else:
-        v = tl.load(ptr + i_t, mask=i_t < T, other=0.0)
-    return v
-
-
-@triton.jit
-def decay_to(end, c, vec, i_t, T: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-             EXACT: tl.constexpr):  # fmt: skip
-    """2^(c_Q - c_i)."""
-    d = end - c
-    if EXACT:
-        d += tl.load(vec + V * T - 1) - load_steps(vec + (V - 1) * T, i_t, T, Q, R)
-    return tl.exp2(tl.minimum(d, 0.0))
-
-
-@triton.jit
-def reads(i, j, R: tl.constexpr, STRICT: tl.constexpr):
-    """Whether row i may read row j (STRICT: only of earlier tokens)."""
-    return i // R > j // R if STRICT else i // R >= j // R
-
-
-@triton.jit
-def exponents(i, j, c_i, c_j, vec, T: tl.constexpr, V: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
-    """c_i - c_j; i and c_i, j and c_j are a column and a row: (I, 1) and (1, J), or the other way round."""
-    d = c_i - c_j
-    if EXACT:
-        low = vec + (V - 1) * T
-        d += tl.load(low + i // R, mask=i // R < T, other=0.0) - tl.load(
-            low + j // R, mask=j // R < T, other=0.0
-        )
-    return d
-
-
-@triton.jit
-def decays(i, j, c_i, c_j, vec, T: tl.constexpr, V: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
-    """2^(c_i - c_j), but at most 1: what row i may not read, where that is the result, is for the caller to mask."""
-    return tl.exp2(tl.minimum(exponents(i, j, c_i, c_j, vec, T, V, R, EXACT), 0.0))
-
-
-@triton.jit
-def add_block(S, x, kT, w, end, PRECISION: tl.constexpr):
-    """2^end S + k^T (w x): the state after a block."""
-    scaled = (x.to(tl.float32) * w[:, None]).to(x.dtype)
-    return tl.dot(kT, scaled, S * tl.exp2(end), input_precision=PRECISION)
+        S = tl.dot(kT, scaled.to(x.dtype), S, input_precision=PRECISION)
+    return S
 
 
 @triton.jit
@@ -308,11 +97,12 @@ def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_p
                  Q: tl.constexpr, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                  PB: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, SCAN: tl.constexpr, REVERSE: tl.constexpr,
                  VARLEN: tl.constexpr, FULL: tl.constexpr, INITIAL: tl.constexpr, ENTRY: tl.constexpr,
-                 STORE: tl.constexpr, FINAL: tl.constexpr, PIECE_FINAL: tl.constexpr, EXACT: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 STORE: tl.constexpr, FINAL: tl.constexpr, PIECE_FINAL: tl.constexpr, TWICE: tl.constexpr,
+                 EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Walk the states of one piece. out (blocks, H M, NB, PB): the state that enters each block.
 
-    REVERSE: from the last block to the first, for gradients: x is dy, k is q, and a row is weighted by 2^c_i.
+    REVERSE: from the last block to the first, for gradients: x is dy, k is q, and a row is weighted by 2^c_i. TWICE:
+    what is added keeps more digits than 16 bits have, and so do the sums of decays' gradients over slow heads.
     """
     pid = tl.program_id(0).to(tl.int64)
     column = pid % (H * M)
@@ -373,7 +163,7 @@ def state_kernel(x_ptr, k_ptr, vec_ptr, table_ptr, initial_ptr, entry_ptr, out_p
             w = tl.exp2(c)
         else:
             w = load_steps(vec + T, i_t, T, Q, R) * decay_to(end, c, vec, i_t, T, Q, R, V, EXACT)
-        S = add_block(S, x, kT, w, end, PRECISION)
+        S = add_block(S, x, kT, w, end, TWICE, PRECISION)
         total += end
         if VARLEN and FINAL:
             if (flags % 2 if REVERSE else flags // 2) == 1:
@@ -496,7 +286,7 @@ def forward_kernel(x_ptr, k_ptr, q_ptr, vec_ptr, D_ptr, table_ptr, initial_ptr, 
         y_at = y_base + start * (R * H * P) + y_tile
         store_tile(y_at, y, inside[:, None], (p < P)[None, :], not FULL, P % PB != 0)
         w *= decay_to(end, c, vec, i_t, T, Q, R, V, EXACT)
-        S = add_block(S, x, kT, w, end, PRECISION)
+        S = add_block(S, x, kT, w, end, False, PRECISION)
         if VARLEN:
             if flags // 2 == 1:
                 at, mask = state_tile(final_ptr, sequence.to(tl.int64), h, H, n, p, P, N)

@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.ops.ssd import gpu_backward, gpu_forward
-from plait.ops.ssd.gpu_engine import Plan, as_dense, as_rows, narrow_strides, none_is_empty, plan_of
+from plait.ops.ssd import gpu_steps
+from plait.ops.ssd.gpu_engine import (
+    Named,
+    Plan,
+    as_rows,
+    kind,
+    narrow_strides,
+    new_like,
+    none_is_empty,
+    plans,
+)
 from plait.ops.ssd.resume import States, finished, given_or_zeros, resumed
-from plait.ops.triton_support import KernelOp, on_device
+from plait.ops.triton_support import KernelOp
 
 
 def trapezoidal_ssd(
@@ -52,27 +61,42 @@ def trapezoidal_ssd(
     return o, finished(final, v, k, initial, cu_seqlens)  # type: ignore[arg-type]
 
 
+FORWARD = ("x", "k", "q", "a", "dt", "lam", "D", "initial", "cu", "y", "final")
+BACKWARD = (
+    "x", "k", "q", "a", "dt", "lam", "D", "initial", "cu", "dy", "dfinal",
+    "dx", "dk", "dq", "da", "ddt", "dlam", "dD", "dinitial",
+)  # fmt: skip
+"""Tensors of a call by the kernels' names for them."""
+
+
+def _key(
+    what: str, x: Tensor, k: Tensor, q: Tensor, a: Tensor, dt: Tensor, lam: Tensor, D: Tensor | None,
+    initial: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """All that a plan depends on."""
+    return (
+        what, x.device, x.dtype, x.shape, x.stride(), k.shape[4], k.stride(), q.stride(), a.dtype, a.stride(),
+        dt.dtype, dt.stride(), lam.dtype, lam.stride(), kind(D), kind(initial),
+        None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.shape[0]),
+    )  # fmt: skip
+
+
 def _plan(
-    kind: str, x: Tensor, k: Tensor, others: tuple[Tensor | None, ...], cu_seqlens: Tensor | None
+    given: tuple[str, ...],
+    x: Tensor,
+    k: Tensor,
+    a: Tensor,
+    dt: Tensor,
+    lam: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> Plan:
-    def make() -> Plan:
-        n_seq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return Plan(x, k, n_seq, packed=cu_seqlens is not None, gated=True)
-
-    return plan_of(kind, (x, k, *others, cu_seqlens), make)
-
-
-def _gates(plan: Plan, a: Tensor, dt: Tensor, lam: Tensor, table: Tensor | None) -> Tensor:
-    """`vec`: sums of decays, weights, gates."""
-    vec = plan.new_vec()
-    plan.launch(
-        "gates",
-        gpu_forward.gates_kernel,
-        plan.narrow_grid(),
-        (a, dt, lam, vec, table),
-        lambda: narrow_strides(a=a, dt=dt, lam=lam),
-    )
-    return vec
+    """A plan that has written `vec`: sums of decays, weights, gates."""
+    n_seq = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = Plan(given, x, k, n_seq, packed=cu_seqlens is not None, gated=True)
+    plan.add_vec()
+    names = ("a", "dt", "lam", "vec", plan.table)
+    plan.launch(gpu_steps.gates_kernel, plan.narrow_grid, names, narrow_strides(a=a, dt=dt, lam=lam))
+    return plan
 
 
 def _forward(
@@ -87,13 +111,21 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """o and the final states, from x (S, T, R, H, P), k, q (S, T, R, H, N), all of one dtype."""
-    x, k, q = (as_rows(t, x.dtype) for t in (x, k, q))
-    D, initial = as_dense(D), as_dense(initial)
-    with on_device(x):
-        plan = _plan("trapezoid", x, k, (q, log_decay, dt, lam, D, initial), cu_seqlens)
-        table = plan.table(cu_seqlens)
-        vec = _gates(plan, log_decay, dt, lam, table)
-        return plan.forward(x, k, q, vec, D, table, initial, cu_seqlens)
+    x, k, q = as_rows(x, x.dtype), as_rows(k, x.dtype), as_rows(q, x.dtype)
+    D = None if D is None else D.contiguous()
+    initial = None if initial is None else initial.contiguous()
+
+    def make() -> Plan:
+        plan = _plan(FORWARD, x, k, log_decay, dt, lam, cu_seqlens)
+        initial_name = None if initial is None else "initial"
+        plan.forward(Named("x", x), Named("k", k), Named("q", q), D, initial_name)
+        return plan
+
+    plan = plans.of(_key("trapezoid", x, k, q, log_decay, dt, lam, D, initial, cu_seqlens), make)
+    y = new_like(x)
+    final = torch.empty((plan.n_seq, *x.shape[3:], k.shape[4]), dtype=torch.float32, device=x.device)
+    plan.program(x, k, q, log_decay, dt, lam, D, initial, cu_seqlens, y, final)
+    return y, final
 
 
 def _backward(
@@ -111,36 +143,33 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, k, q, log_decay, dt, lam, D and the initial state; empty for what was not given."""
     dy = torch.zeros_like(x) if dy is None else as_rows(dy, x.dtype)
-    x, k, q = (as_rows(t, x.dtype) for t in (x, k, q))
-    dfinal, D, initial = as_dense(dfinal), as_dense(D), as_dense(initial)
-    with on_device(x):
-        others = (q, log_decay, dt, lam, D, initial, dy, dfinal)
-        plan = _plan("trapezoid backward", x, k, others, cu_seqlens)
-        table = plan.table(cu_seqlens)
-        vec = _gates(plan, log_decay, dt, lam, table)
-        dx, dk, dq, dinitial, rows, inner = plan.backward(
-            dy, dfinal, x, k, q, vec, D, table, initial, cu_seqlens
-        )
-        da = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
-        ddt, dlam = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt, lam))
-        dw, dg = plan.empty(2, *dt.shape)
-        sums = plan.empty(plan.blocks, plan.heads)
-        plan.launch(
-            "gates gradient",
-            gpu_backward.gates_gradient_kernel,
-            plan.narrow_grid(),
-            (rows, inner, vec, table, da, dw, dg, sums),
-            lambda: {"SKIP": 0 if D is None else D.dim()},
-        )
-        plan.launch(
-            "gates input",
-            gpu_backward.gates_input_kernel,
-            plan.narrow_grid(),
-            (dw, dg, dt, lam, table, ddt, dlam),
-            lambda: narrow_strides(dt=dt, lam=lam),
-        )
-        dD = None if D is None else sums.sum(0).to(D.dtype)
-    return dx, dk, dq, da, ddt, dlam, none_is_empty(x, dD), none_is_empty(x, dinitial)
+    x, k, q = as_rows(x, x.dtype), as_rows(k, x.dtype), as_rows(q, x.dtype)
+    dfinal, D, initial = (None if t is None else t.contiguous() for t in (dfinal, D, initial))
+
+    def make() -> Plan:
+        plan = _plan(BACKWARD, x, k, log_decay, dt, lam, cu_seqlens)
+        wide = Named("dy", dy), Named("x", x), Named("k", k), Named("q", q)
+        entering = None if initial is None else "initial"
+        plan.backward(*wide, D, entering, None if dfinal is None else "dfinal")
+        for name in ("dw", "dg"):
+            plan.program.memory(name, *dt.shape)
+        plan.program.memory("sums", plan.blocks, plan.heads)
+        names: tuple[str | None, ...] = ("rows", "inner", "vec", plan.table, "da", "dw", "dg", "sums")
+        skip = {"SKIP": 0 if D is None else D.dim()}
+        plan.launch(gpu_steps.gates_gradient_kernel, plan.narrow_grid, names, skip)
+        names = ("dw", "dg", "dt", "lam", plan.table, "ddt", "dlam")
+        strides = narrow_strides(dt=dt, lam=lam)
+        plan.launch(gpu_steps.gates_input_kernel, plan.narrow_grid, names, strides)
+        if D is not None:
+            plan.totals("sums", plan.blocks, plan.heads, "dD")
+        return plan
+
+    key = _key("trapezoid backward", x, k, q, log_decay, dt, lam, D, initial, cu_seqlens)
+    grads = [None if t is None else new_like(t) for t in (x, k, q, log_decay, dt, lam, D, initial)]
+    plan = plans.of((*key, dy.stride(), kind(dfinal)), make)
+    plan.program(x, k, q, log_decay, dt, lam, D, initial, cu_seqlens, dy, dfinal, *grads)
+    dx, dk, dq, da, ddt, dlam, dD, dinitial = (none_is_empty(x, g) for g in grads)
+    return dx, dk, dq, da, ddt, dlam, dD, dinitial
 
 
 def _fake(x, k, q, log_decay, dt, lam, D, initial, cu_seqlens):  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from plait.config.errors import BuildError, CheckpointError
 from plait.config.originals.bitbyte import Family, Sizes, family_pattern, model_section
 from plait.config.pattern import parse_pattern
 from plait.config.schema import ModelConfig
+from plait.config.words import counted
 from plait.formats.bitbyte import SYSTEM, from_state_dict
 from plait.formats.foreign import unwrapped
 from plait.inference.generate import generate
@@ -51,7 +52,9 @@ class ByteLM(nn.Module):
         if not set(kinds) <= set(_FACES) or any(entry.options for entry in entries):
             raise BuildError(f"pattern: {pattern!r}; a block is named mamba or attention, and has no options")
         if len(kinds) != self.sizes.n_layer:
-            raise BuildError(f"pattern: it has {len(kinds)} blocks, but n_layer is {self.sizes.n_layer}")
+            raise BuildError(
+                f"pattern: it has {counted(len(kinds), 'block')}, but n_layer is {self.sizes.n_layer}"
+            )
         return kinds
 
     @property

@@ -16,6 +16,7 @@ from plait.compat.nanochat.checkpoint_manager import load_model
 from plait.compat.nanochat.common import get_base_dir, run_script
 from plait.compat.nanochat.configurator import read_command_line
 from plait.config.section import Section
+from plait.config.words import counted
 from plait.evaluation.core import core_score, evaluate_task, read_bundle
 from plait.training.distributed import choose_device
 
@@ -43,7 +44,8 @@ def main(words: Sequence[str]) -> int:
         score = evaluate_task(model.model, task, tokenizer=tokenizer.tokenizer, limit=limit)
         scores.append(score)
         print(
-            f"{score.name}: accuracy {score.accuracy:.4f}, centered {score.centered:.4f} ({score.n_items} items)"
+            f"{score.name}: accuracy {score.accuracy:.4f}, centered {score.centered:.4f} "
+            f"({counted(score.n_items, 'item')})"
         )
     print(f"CORE metric: {core_score(scores):.4f}")
     path = get_base_dir() / "base_eval" / f"base_model_{int(meta.get('step', 0)):06d}.csv"

@@ -84,7 +84,7 @@ def run_values(given: FineTuning, model: Path, stage: str) -> Mapping[str, Any]:
         | {name: getattr(given, name) * given.init_lr_frac for name in _RATES}
         | {"num_iterations": max(1, given.num_iterations)}
     )
-    values = translate(base.model_dump())
+    values = translate(base.model_dump(exclude_unset=True))
     training = values["training"] | {"objective": "chat", "init_from": str(model), "sample_every": 0}
     if given.num_iterations <= 0:
         del training["steps"]
