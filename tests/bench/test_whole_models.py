@@ -30,6 +30,7 @@ NAMES = [f"{family}-tiny" for family in models.FAMILIES]
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.SIZES, "tiny", Size(64, 2, 200))
+    monkeypatch.setitem(decode.LARGE, "cpu", 1 << 20)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,6 +151,24 @@ def test_an_op_that_is_wrong_by_a_hundredth_is_not_timed(monkeypatch: pytest.Mon
     assert by["portable"]["forward_ms"] > 0
 
 
+def test_an_op_is_timed_on_each_number_of_threads_and_torch_keeps_its_own() -> None:
+    before = torch.get_num_threads()
+    rows = benchmark_ops(
+        ["selective_scan"],
+        CPU,
+        torch.float32,
+        shapes=[Shape(1, 20, {"D": 16, "N": 4})],
+        backends=["cpu", "portable"],
+        threads=[2, 1],
+        seconds=0.01,
+    ).rows
+    by_threads = [(row["threads"], row["backend"]) for row in rows]
+    assert by_threads == [(2, "cpu"), (2, "portable"), (1, "cpu"), (1, "portable")]
+    assert [row["forward_times"] == 1 for row in rows] == [True, False, True, False]
+    assert rows[1]["both_times"] == rows[1]["both_ms"] / rows[0]["both_ms"]
+    assert torch.get_num_threads() == before
+
+
 def test_a_first_loss_far_from_guessing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     init = Model.__init__
 
@@ -180,9 +199,7 @@ def test_peers_stand_beside_us_or_say_why_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny"])
-def test_a_peer_that_computes_something_else_is_not_timed(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_computes_something_else_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     assert peer_models.check_transformers(name) < 1e-5
     names = tuple(pair for pair in peer_models._THEIR_NAMES if pair[0] != "norm1")
@@ -207,9 +224,12 @@ def test_apart_every_row_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch
     """Run here, for the size of the tests is not known elsewhere."""
     pytest.importorskip("transformers")
     ran: list[list[str]] = []
+    real = subprocess.run
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert words[:3] == [sys.executable, "-m", "plait"]
+        if words[0] != sys.executable:  # git, asked for the commit
+            return real(words, **options)
+        assert words[1:3] == ["-m", "plait"]
         ran.append(words[3:])
         return subprocess.CompletedProcess(words, main(words[3:]), "", "error: it is broken")
 

@@ -12,6 +12,7 @@ from plait.inference.cpu_capture import CpuCapture
 from plait.inference.decoding import decode, prefill, start
 from plait.inference.generate import generate
 from plait.inference.graphs import WORTHWHILE, StepGraphs, usable
+from plait.ops.causal_conv1d_update import causal_conv1d_update
 from plait.ops.dispatch import use_backend
 from tests.inference.helpers import PATTERNS, make_model, tokens
 from tests.ops.helpers import assert_close
@@ -75,12 +76,27 @@ def test_a_constant_that_is_changed_is_made_anew_and_others_are_not() -> None:
     assert out.tolist() == [10, 10]
 
 
+def test_a_constant_that_a_kernel_changes_is_made_anew() -> None:
+    x, weight, out = torch.ones(1, 4), torch.ones(4, 3), torch.zeros(1, 4)
+
+    def step() -> None:
+        window = torch.zeros(1, 2, 4)  # the kernel moves x into it
+        out.copy_(causal_conv1d_update(x, window, weight, backend="cpu"))
+
+    replay = recorded(step)
+    for _ in range(3):
+        replay()
+        assert (out == 1).all()
+
+
 def test_operations_that_write_into_given_memory_and_that_turn_a_tensor() -> None:
     x, room, out = torch.arange(6.0).view(2, 3), torch.empty(2, 3), torch.zeros(3, 2)
+    sums = torch.zeros(3)
 
     def step() -> None:
         torch.mul(x, 2, out=room)
         turned = room + 0
+        sums.copy_((turned * 3).sum(0))
         turned.transpose_(0, 1)
         out.copy_(turned)
 
@@ -89,7 +105,7 @@ def test_operations_that_write_into_given_memory_and_that_turn_a_tensor() -> Non
         x.add_(1)
         room.fill_(-1)
         replay()
-        assert torch.equal(out, 2 * x.T)
+        assert torch.equal(out, 2 * x.T) and torch.equal(sums, 6 * x.sum(0))
 
 
 @pytest.mark.parametrize(

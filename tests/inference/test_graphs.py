@@ -117,7 +117,9 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(monkeypatch: pyt
     monkeypatch.setattr(graphs, "capture_on", lambda device: refuse)
     monkeypatch.setattr(decoding, "usable", lambda model, steps: True)
     graphs.say_why_not.cache_clear()
-    with pytest.warns(UserWarning, match="without recorded steps.*operation not permitted when stream") as said:
+    with pytest.warns(
+        UserWarning, match="without recorded steps.*operation not permitted when stream"
+    ) as said:
         assert model.generate(prompts, **OPTIONS) == expected
         assert model.generate(prompts, **OPTIONS) == expected
     assert len(said) == 1

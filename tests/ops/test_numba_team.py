@@ -123,36 +123,36 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def _norm_linear(rows: int) -> list[Tensor]:
+def _norm_linear(rows: int, backend: str = "cpu") -> list[Tensor]:
     x, weight = draw(rows, 300), draw(1000, 300)
-    options = {"norm_weight": draw(300), "eps": 1e-5, "residual": draw(rows, 1000), "backend": "cpu"}
+    options = {"norm_weight": draw(300), "eps": 1e-5, "residual": draw(rows, 1000), "backend": backend}
     return [norm_linear(x, weight, draw(1000), **options)]
 
 
-def _convolution(rows: int) -> list[Tensor]:
+def _convolution(rows: int, backend: str = "cpu") -> list[Tensor]:
     state = draw(rows, 3, 700)
     return [
-        causal_conv1d_update(draw(rows, 700), state, draw(700, 4), activation="silu", backend="cpu"),
+        causal_conv1d_update(draw(rows, 700), state, draw(700, 4), activation="silu", backend=backend),
         state,
     ]
 
 
-def _selective(rows: int) -> list[Tensor]:
+def _selective(rows: int, backend: str = "cpu") -> list[Tensor]:
     state = draw(rows, 400, 16)
     y = selective_state_update(
         draw(rows, 400), draw(rows, 9), -draw(400, 16).exp(), draw(rows, 16), draw(rows, 16, seed=1), draw(400), state,
-        z=draw(rows, 400, seed=1), dt_bias=draw(400), dt_softplus=True, dt_weight=draw(400, 9), backend="cpu",
+        z=draw(rows, 400, seed=1), dt_bias=draw(400), dt_softplus=True, dt_weight=draw(400, 9), backend=backend,
     )  # fmt: skip
     return [y, state]
 
 
-def _ssd(rows: int) -> list[Tensor]:
+def _ssd(rows: int, backend: str = "cpu") -> list[Tensor]:
     heads, width, states = 6, 20, 24
     channels = heads * width + 2 * states
     conv, ssm = draw(rows, 3, channels), draw(rows, heads, width, states)
     u = ssd_update(
         draw(rows, heads * width), draw(rows, channels), draw(rows, heads), conv, ssm, draw(channels, 4), None,
-        -draw(heads).exp(), draw(heads), draw(heads), ngroups=1, backend="cpu",
+        -draw(heads).exp(), draw(heads), draw(heads), ngroups=1, backend=backend,
     )  # fmt: skip
     return [u, conv, ssm]
 
@@ -166,6 +166,14 @@ def test_numbers_do_not_depend_on_the_number_of_threads(op: Any, rows: int) -> N
         made.append(op(rows))
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+@pytest.mark.parametrize("op", [_norm_linear, _convolution, _selective, _ssd])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_task_reads_what_is_its_own(op: Any, rows: int) -> None:
+    """More channels than one task has, against the reference."""
+    for got, want in zip(op(rows), op(rows, "reference"), strict=True):
+        assert_close(got, want, 1e-5, op.__name__)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])

@@ -95,6 +95,18 @@ def test_mamba3_equals_the_reference(data: st.DataObject) -> None:
     assert_same_run(kernels(tensors, **options), reference(tensors, **options), 1e-5)
 
 
+@pytest.mark.parametrize("kind", [FLOAT, torch.float16], ids=["float32", "16 bits"])
+def test_mamba3_where_one_kernel_cannot_hold_all(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward as of GPUs before Hopper: the kernels of Mamba-2, for groups of one head."""
+    monkeypatch.setattr(gpu_engine, "holds_own", lambda device: False)
+    gpu_engine.plans.clear()
+    tensors = small3(length=20, decay="weak")
+    tensors |= {name: tensors[name].to(kind) for name in ("v", "k", "q")} | {"D": None}  # type: ignore[union-attr]
+    got = kernels(tensors)
+    gpu_engine.plans.clear()
+    assert_same_run(got, reference(tensors), 1e-5 if kind == FLOAT else 1e-3)
+
+
 @pytest.mark.parametrize(("low", "high"), [(1e-6, 20.0), (19.0, 20.0), (80.0, 120.0)])
 def test_decays_of_any_strength(low: float, high: float) -> None:
     tensors = small(length=40, n_seq=2, groups=2)

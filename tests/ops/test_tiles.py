@@ -33,7 +33,7 @@ from plait.ops.tile_math import (
     tile_flush,
     tile_reciprocal,
 )
-from plait.ops.tiles import row_load, tile_load, tile_outer, tile_store, tile_turn
+from plait.ops.tiles import borrow, parts, row_load, tile_inner, tile_load, tile_outer, tile_store, tile_turn
 
 KERNELS = [add_kernels, conv_kernels, diagonal_kernels, norm_kernels, scan_kernels, ssd_kernels, ssd_backward]
 BESIDES = {
@@ -145,3 +145,27 @@ def test_outer_products_of_numbers_that_lie_apart_and_flushing() -> None:
     want = x[32:].reshape(3, 32) + a[1:12:5, None] * x[:32]
     np.testing.assert_allclose(out[:96].reshape(3, 32), want, rtol=1e-6)
     np.testing.assert_array_equal(out[96:], np.where(x[:16] < 0.5, 0, x[:16]))
+
+
+@numba.njit
+def _inner_products(shape, x, out):  # type: ignore[no-untyped-def]
+    room = np.zeros(48, np.float32)
+    sums, rest = parts(room, (16, 32))
+    x, out = borrow(x, out)
+    tile_inner(sums, 2, tile_load(shape, x, 0, 32), tile_load(shape, x, 128, 32))
+    tile_inner(sums, 2, tile_load(shape, x, 0, 32), tile_load(shape, x, 128, 32))
+    for i in range(16):
+        out[i] = sums[i]
+    out[16], out[17], out[18] = sums.size, rest.size, x.size
+    rest[0] = np.float32(7)
+    out[19] = room[16]
+
+
+def test_inner_products_of_rows_are_added_and_parts_lie_side_by_side() -> None:
+    x = np.random.default_rng(2).uniform(-1, 1, 256).astype(np.float32)
+    out = np.zeros(20, np.float32)
+    _inner_products(((0, 0),) * 4, x, out)
+    want = np.zeros(16)
+    want[2:6] = 2 * (x[:128].reshape(4, 32).astype(np.float64) * x[128:].reshape(4, 32)).sum(1)
+    np.testing.assert_allclose(out[:16], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(out[16:], [16, 32, 256, 7])

@@ -48,6 +48,8 @@ DEFAULTS = {
 }
 """Models, sequences, tokens of a prompt, tokens that are timed."""
 CHECKED_PROMPT, CHECKED_STEPS = 40, 24  # the graphs of a GPU begin with 16 steps
+LARGE = {"cpu": 1 << 27, "cuda": 1 << 28}
+"""Numbers whose reading is timed for the floors: a processor's last cache may hold hundreds of megabytes."""
 GREEDY = Sampling(temperature=0)
 WARM = 3
 
@@ -116,12 +118,13 @@ def check_steps(name: str, device: torch.device, dtype: torch.dtype, graphs: boo
 
 
 def memory_rate(device: torch.device) -> float:
-    """Bytes a second of memory larger than the caches: of a copy, or where that is more of reading a matrix once."""
-    # a processor's last cache may hold hundreds of megabytes
-    source = torch.randn((1 << 28) if device.type == "cuda" else (1 << 27), device=device)
+    """Bytes a second of memory larger than the caches: of a copy, and on a CPU of reading a matrix if that is more."""
+    source = torch.ones(LARGE[device.type], device=device)
     target = torch.empty_like(source)
     n_bytes = source.numel() * source.element_size()
     copied = 2 * n_bytes / measure(lambda: target.copy_(source), device, seconds=0.5).median
+    if device.type != "cpu":
+        return 1000 * copied
     x, matrix = source[:1024][None], source.view(-1, 1024)
     return 1000 * max(copied, n_bytes / measure(lambda: norm_linear(x, matrix), device, seconds=0.5).median)
 

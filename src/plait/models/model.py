@@ -190,11 +190,12 @@ class Model(nn.Module):
             return y
 
         x = self._body(entry, None, run)
-        cache.advance(entry.lengths, entry.layout.lengths)
         if last_only:
             x = pool(x, entry.layout, "last")
-            return self.head.step(x, self.final_norm)[..., : self.vocab_size]
-        return entry.restore_pads(self.head.step(x, self.final_norm)[..., : self.vocab_size])
+        # the head before the counting: nothing comes between its kernel and the layers' where steps are recorded
+        logits = self.head.step(x, self.final_norm)[..., : self.vocab_size]
+        cache.advance(entry.lengths, entry.layout.lengths)
+        return logits if last_only else entry.restore_pads(logits)
 
     def new_cache(self, n_seq: int, capacity: int) -> Cache:
         """An empty cache for ``n_seq`` sequences of at most ``capacity`` tokens each."""

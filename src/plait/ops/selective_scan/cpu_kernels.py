@@ -169,8 +169,6 @@ def forward(
                         row * x_step[0] + token * x_step[1] + e,
                         row * dt_step[0] + token * dt_step[1] + e,
                     )
-                    prefetch(x, of_x + tokens_on * x_step[1] + channels_on)
-                    prefetch(dt, of_dt + tokens_on * dt_step[1] + channels_on)
                     u, d = row_read(x, of_x, mask), row_read(dt, of_dt, mask) + offset
                     if softplus:
                         d = _softplus(d)
@@ -182,6 +180,15 @@ def forward(
                     h = tile_load(shape, carries, base + n * LANES, LANES)
                     for t in range(many):
                         at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n
+                        if (
+                            n == 0
+                        ):  # a few lines with each token: many at once would have to wait for each other
+                            token, ahead = begin + t0 + t + tokens_on, e + channels_on
+                            prefetch(x, row * x_step[0] + token * x_step[1] + ahead)
+                            prefetch(dt, row * dt_step[0] + token * dt_step[1] + ahead)
+                            prefetch(y, (row * length + token) * channels + ahead)
+                            if gated:
+                                prefetch(z, row * z_step[0] + token * z_step[1] + ahead)
                         key, query = tile_column(shape, b, of), tile_column(shape, c, of)
                         sums = (row_read(ys, at, None), tile_zero(_ROW))
                         d, dx = row_read(ds, at, None), row_read(dxs, at, None)
@@ -193,7 +200,6 @@ def forward(
                     out = row_read(ys, t * LANES, None)
                     if gated:
                         of_z = row * z_step[0] + token * z_step[1] + e
-                        prefetch(z, of_z + tokens_on * z_step[1] + channels_on)
                         gate = row_read(z, of_z, mask)
                         out = out * (gate * tile_sigmoid(gate))
                     row_write(y, (row * length + token) * channels + e, out, mask)
@@ -270,9 +276,6 @@ def backward(
                         row * dt_step[0] + token * dt_step[1] + e,
                     )
                     of_dy = row * dy_step[0] + token * dy_step[1] + e
-                    prefetch(x, of_x + tokens_on * x_step[1] + channels_on)
-                    prefetch(dt, of_dt + tokens_on * dt_step[1] + channels_on)
-                    prefetch(dy, of_dy + tokens_on * dy_step[1] + channels_on)
                     u, d, grad = (
                         row_read(x, of_x, mask),
                         row_read(dt, of_dt, mask) + offset,
@@ -283,7 +286,6 @@ def backward(
                         d = _softplus(d)
                     if gated:
                         of_z = row * z_step[0] + token * z_step[1] + e
-                        prefetch(z, of_z + tokens_on * z_step[1] + channels_on)
                         gate = row_read(z, of_z, mask)
                         open_ = tile_sigmoid(gate)
                         row_write(gates, at, grad * (open_ * (_ONE + gate * (_ONE - open_))), None)
@@ -305,6 +307,13 @@ def backward(
                     )
                     for t in range(many):
                         at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n
+                        if n == 0:
+                            token, ahead = begin + t0 + t + tokens_on, e + channels_on
+                            prefetch(x, row * x_step[0] + token * x_step[1] + ahead)
+                            prefetch(dt, row * dt_step[0] + token * dt_step[1] + ahead)
+                            prefetch(dy, row * dy_step[0] + token * dy_step[1] + ahead)
+                            if gated:
+                                prefetch(z, row * z_step[0] + token * z_step[1] + ahead)
                         key, query = tile_column(shape, b, of), tile_column(shape, c, of)
                         tile_store(kept_h, at * rows, LANES, h)
                         out, d, dx_t = row_read(ys, at, None), row_read(ds, at, None), row_read(dxs, at, None)
@@ -315,6 +324,12 @@ def backward(
                     g, da_tile = tile_load(shape, carries, base, LANES), tile_load(shape, das, base, LANES)
                     for t in range(many - 1, -1, -1):
                         at, of = t * LANES, ((row * length + begin + t0 + t) * groups + group) * deep + n
+                        if n == 0:
+                            target = (row * length + begin + t0 + t) * channels + e
+                            prefetch(dx, target)
+                            prefetch(ddt, target)
+                            if gated:
+                                prefetch(dz, target)
                         key, query = tile_column(shape, b, of), tile_column(shape, c, of)
                         decays, past = (
                             tile_load(shape, kept_e, at * rows, LANES),
@@ -335,8 +350,6 @@ def backward(
                     token, at = begin + t0 + t, t * LANES
                     target = (row * length + token) * channels + e
                     d, u, along = row_read(ds, at, None), row_read(us, at, None), row_read(to_u, at, None)
-                    prefetch(dx, target + LANES)
-                    prefetch(ddt, target + LANES)
                     row_write(dx, target, along * d + through * row_read(dys, at, None), mask)
                     grad = row_read(to_d, at, None) * _LN2 + along * u
                     if softplus:

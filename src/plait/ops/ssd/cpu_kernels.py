@@ -21,7 +21,9 @@ SLABS slabs; backward takes the blocks last to first and repeats one forward. Ta
 add in a fixed order, so results do not depend on how many threads share the tasks.
 
 `big` and `tall`, nested tuples of zeros, are for their types: the rows and vectors of the tiles that the products
-are made of. Buffers and states are padded to whole tiles with zeros.
+are made of. Buffers and states are padded to whole tiles with zeros. States, k and q lie in panels: as many columns
+as a tile has, of all rows, and then the next columns. So the rows of a tile are a constant apart, and a panel of S
+and one of dS stay in the first cache together. What each tile prefetches is spread over the products (`fetch`).
 """
 
 from __future__ import annotations

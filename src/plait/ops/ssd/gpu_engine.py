@@ -66,7 +66,9 @@ class Config:
     narrow: Tuning = Tuning(stages=1)
 
 
-ONE_STAGE = dict.fromkeys(("forward", "state", "pair", "query", "key", "value", "own"), Tuning(stages=1))
+ONE_STAGE: dict[str, Any] = dict.fromkeys(
+    ("forward", "state", "pair", "query", "key", "value", "own"), Tuning(stages=1)
+)
 # (bytes of an element, the largest padded N, KiB of shared memory that it needs, tiles): the first that fits is taken.
 CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
     (2, 128, 132, Config(64, 64, 32)),
@@ -88,6 +90,14 @@ def choose_config(dtype: torch.dtype, state: int, device: torch.device) -> Confi
         if size == dtype.itemsize and state <= largest and needed * 1024 <= shared_memory(device):
             return config
     raise BackendError(f"ssd: backend 'gpu' needs {CONFIGS[-1][2]} KiB of shared memory, {device} has less")
+
+
+@cache
+def holds_own(device: torch.device) -> bool:
+    """Whether a program can hold all that `own_kernel` does: before Hopper products want their tiles in registers."""
+    if INTERPRET.value:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Pieces(NamedTuple):
@@ -300,7 +310,7 @@ class Plan:
         wide = {**x.strides("x"), **k.strides("k"), **q.strides("q"), **dy.strides("dy"), "SKIP": skip}
         four = (x.name, k.name, q.name, dy.name)
 
-        if self.columns == self.groups:
+        if self.columns == self.groups and holds_own(self.device):
             to = ("vec", "D", self.table, "rows", "inner", "dx", "dk", "dq")
             grid = (self.blocks * self.heads, 1, 1)
             all_names = (*four, "states", "gradients", *to)
