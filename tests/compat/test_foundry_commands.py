@@ -151,7 +151,7 @@ def test_the_verbs_in_their_order(tmp_path: Path) -> None:
 
     made = foundry("tokenize-dataset", config)
     assert (
-        made.status == 0 and made.out.startswith("train: 1 documents, ") and "\ntest: 1 documents" in made.out
+        made.status == 0 and made.out.startswith("train: 1 document, ") and "\ntest: 1 document" in made.out
     )
     rows = int(foundry("preprocess-data", config).out.split()[1].replace(",", ""))
     tokens = len(tokenizer.encode(TEXT)) + 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from plait.ops.attention import ATTENTION, _autocast_dtype, attention, gpu
+from plait.ops.attention import ATTENTION, attention, gpu
+from plait.ops.chunks import autocast_dtype
 from plait.ops.dispatch import choose_name
 from tests.ops.helpers import assert_close, cumulative
 
@@ -79,9 +80,9 @@ def test_without_a_bound_of_the_lengths() -> None:
 
 def test_autocast_decides_the_precision() -> None:
     q, k, v = draw(2, 1, 8, torch.float32)
-    assert _autocast_dtype(q) == torch.float32
+    assert autocast_dtype(q) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert _autocast_dtype(q) == torch.bfloat16 and _autocast_dtype(q.double()) == torch.float64
+        assert autocast_dtype(q) == torch.bfloat16 and autocast_dtype(q.double()) == torch.float64
         y = gpu.attention(q, k.bfloat16(), v, cu_seqlens=cumulative(LENGTHS), max_len=9)
     assert y.dtype == calls[0]["dtype"] == torch.bfloat16
 
