@@ -18,7 +18,7 @@ from plait.cli.cases import CASES, Case
 from plait.cli.warm import one_of_each
 from plait.config.errors import BackendError
 from plait.config.schema import ModelConfig
-from plait.ops import dispatch, numba_support, verdicts
+from plait.ops import dispatch, numba_run, verdicts
 from plait.ops.causal_conv1d import CAUSAL_CONV1D, causal_conv1d
 from tests.cli.conftest import Run
 
@@ -186,7 +186,7 @@ def test_after_warming_nothing_is_left_to_compile(plait: Run, monkeypatch: pytes
     def refuse(kernel: Any, args: Any) -> None:
         raise AssertionError(f"{kernel} was not compiled for {args}")
 
-    monkeypatch.setattr(numba_support, "_compile", refuse)
+    monkeypatch.setattr(numba_run, "_compile", refuse)
     model = build("hybrid", d_model=192, pattern="M2 T")
     ids = torch.randint(0, 50, (1, 90))
     model(ids, labels=ids, cu_seqlens=torch.tensor([0, 40, 90])).loss.backward()

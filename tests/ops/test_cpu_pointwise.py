@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plait.config.errors import BackendError
-from plait.ops import dispatch, numba_support
+from plait.ops import dispatch
 from plait.ops.causal_conv1d import CAUSAL_CONV1D, causal_conv1d
 from plait.ops.causal_conv1d import cpu as conv_cpu
 from plait.ops.causal_conv1d.cpu_kernels import CHANNELS
@@ -21,6 +21,7 @@ from plait.ops.causal_conv1d.cpu_kernels import ROWS as CONV_ROWS
 from plait.ops.gated_norm import GATED_NORM, gated_norm
 from plait.ops.gated_norm import cpu as norm_cpu
 from plait.ops.gated_norm.cpu_kernels import ROWS as NORM_ROWS
+from plait.ops.threads import pool as thread_pool
 from tests.ops.helpers import (
     Run,
     assert_close,
@@ -289,7 +290,7 @@ def test_same_bits_between_runs_and_thread_counts(
     seen: set[str] = set()
     once = run(fn, tensors, backend="cpu", **options)
     assert same_bits(once, run(fn, tensors, backend="cpu", **options))
-    pool = numba_support._pool()
+    pool = thread_pool()
     submit = pool.submit
     pool.submit = lambda work: seen.add(threading.current_thread().name) or submit(work)  # type: ignore[method-assign]
     try:

@@ -29,7 +29,8 @@ from numba.extending import intrinsic as _intrinsic
 from numba.np import arrayobj
 from torch import Tensor
 
-from plait.ops.numba_support import FLAGS, KERNEL, PIECE, _compiling, _say_compiling
+from plait.ops.numba_run import compiling
+from plait.ops.numba_support import FLAGS, KERNEL, PIECE
 from plait.ops.threads import pool
 
 intrinsic: Any = _intrinsic  # its stubs count the parameters of a caller wrongly
@@ -233,19 +234,6 @@ def _alone(program: Any, end: int) -> None:
     while begin < end:
         invoke(program[begin], 0, program[begin + 1], base + 8 * (begin + _HEAD))
         begin += _HEAD + program[begin + 2]
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """One thread at a time; who waits long is told why."""
-    with _compiling:
-        timer = threading.Timer(1.0, _say_compiling)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 class Kernel:

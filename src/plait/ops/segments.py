@@ -39,3 +39,8 @@ def _with_states(table: npt.NDArray[np.int64], block: int) -> tuple[npt.NDArray[
     saved = np.maximum(table[2] - 1, 0) // block
     table[3] = np.cumsum(saved) - saved
     return table, int(saved.sum())
+
+
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """S of x (S, T, ...), or (1, n, ...) with cu_seqlens (S+1,)."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

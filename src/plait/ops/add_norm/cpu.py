@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.add_norm import cpu_kernels
-from plait.ops.numba_support import direct, flat, rows, run
+from plait.ops.numba_run import direct, flat, rows, run, weights
 
 _KNOWN = (torch.float32, torch.bfloat16)
 
@@ -38,7 +38,7 @@ def _compute(
         *x.shape,
         *rows(x),
         *rows(y),
-        _weights(x, weight),
+        weights(x.shape[1], weight),
         *(flat(t) for t in (s, normed, scales)),
         np.float32(eps),
     )
@@ -81,7 +81,7 @@ def _backward(
         *rows(dn),
         *((None, 0) if ds is None else rows(ds)),
         flat(s),
-        _weights(s, weight),
+        weights(s.shape[1], weight),
         flat(scales),
         flat(dx),
         None if x_dtype == y_dtype else flat(dy),
@@ -133,10 +133,3 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 
 def _tasks(x: Tensor) -> int:
     return -(-x.shape[0] // cpu_kernels.ROWS)
-
-
-def _weights(x: Tensor, weight: Tensor | None) -> Any:
-    """The weights (E,) as float32; ones for None."""
-    if weight is None:
-        return np.ones(x.shape[1], np.float32)
-    return flat(weight.float().contiguous())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.causal_conv1d import cpu_kernels, portable
-from plait.ops.numba_support import flat, rows, run
+from plait.ops.numba_run import flat, rows, run
 
 
 def causal_conv1d(

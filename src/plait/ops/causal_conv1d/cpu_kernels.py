@@ -32,7 +32,7 @@ from plait.ops.numba_support import (
     store,
 )
 
-TILES = "85a2ed45"
+TILES = "e7660550"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 ROWS, CHANNELS = 128, 512
 AHEAD = 4  # rows: how far ahead memory is asked for

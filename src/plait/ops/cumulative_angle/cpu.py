@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plait.ops.cumulative_angle import cpu_kernels
-from plait.ops.numba_support import direct, flat, run
-from plait.ops.segments import segments
+from plait.ops.numba_run import direct, flat, numbers, run
+from plait.ops.segments import count_sequences, segments
 
 
 def cumulative_angle(
@@ -22,10 +22,10 @@ def cumulative_angle(
 
 def _compute(step: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """theta like step and the last angles (S, H, Ra), float32."""
-    n_seq = _n_seq(step, cu_seqlens)
+    n_seq = count_sequences(step, cu_seqlens)
     theta = step.new_empty(step.shape, dtype=torch.float32)
     final = step.new_empty(n_seq, *step.shape[2:], dtype=torch.float32)
-    _call(cpu_kernels.forward, step, cu_seqlens, _numbers(step), _numbers(initial), flat(theta), flat(final))
+    _call(cpu_kernels.forward, step, cu_seqlens, numbers(step), numbers(initial), flat(theta), flat(final))
     return theta, final
 
 
@@ -38,7 +38,7 @@ _forward = torch.library.custom_op(
 def _(step: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return (
         step.new_empty(step.shape, dtype=torch.float32),
-        step.new_empty(_n_seq(step, cu_seqlens), *step.shape[2:], dtype=torch.float32),
+        step.new_empty(count_sequences(step, cu_seqlens), *step.shape[2:], dtype=torch.float32),
     )
 
 
@@ -46,8 +46,8 @@ def _(step: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[
 def _backward(dtheta: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of step and of the initial angles, float32."""
     dstep = dtheta.new_empty(dtheta.shape, dtype=torch.float32)
-    dinitial = dtheta.new_empty(_n_seq(dtheta, cu_seqlens), *dtheta.shape[2:], dtype=torch.float32)
-    arrays = _numbers(dtheta), _numbers(dfinal), flat(dstep), flat(dinitial)
+    dinitial = dtheta.new_empty(count_sequences(dtheta, cu_seqlens), *dtheta.shape[2:], dtype=torch.float32)
+    arrays = numbers(dtheta), numbers(dfinal), flat(dstep), flat(dinitial)
     _call(cpu_kernels.backward, dtheta, cu_seqlens, *arrays)
     return dstep, dinitial
 
@@ -56,7 +56,7 @@ def _backward(dtheta: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None) 
 def _(dtheta: Tensor, dfinal: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return (
         dtheta.new_empty(dtheta.shape, dtype=torch.float32),
-        dtheta.new_empty(_n_seq(dtheta, cu_seqlens), *dtheta.shape[2:], dtype=torch.float32),
+        dtheta.new_empty(count_sequences(dtheta, cu_seqlens), *dtheta.shape[2:], dtype=torch.float32),
     )
 
 
@@ -80,18 +80,9 @@ def _gradients(ctx: Any, dtheta: Tensor | None, dfinal: Tensor | None) -> tuple[
 _forward.register_autograd(_gradients, setup_context=_remember)
 
 
-def _n_seq(step: Tensor, cu_seqlens: Tensor | None) -> int:
-    return step.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _call(kernel: Any, like: Tensor, cu_seqlens: Tensor | None, *arrays: np.ndarray) -> None:
     """Run a kernel over the sequences and columns of angles of a tensor (S, T, H, Ra)."""
-    n_seq, length, angles = _n_seq(like, cu_seqlens), like.shape[1], like.shape[2:].numel()
+    n_seq, length, angles = count_sequences(like, cu_seqlens), like.shape[1], like.shape[2:].numel()
     columns = -(-angles // cpu_kernels.WIDTH)
     table, _ = segments(n_seq, length, cu_seqlens, max(length, 1))
     run(kernel, n_seq * columns, like.numel(), (length, angles, columns), table, *arrays)
-
-
-def _numbers(t: Tensor | None) -> np.ndarray:
-    """All elements in order, as float32; none for None."""
-    return np.empty(0, np.float32) if t is None else flat(t.detach().float().contiguous())

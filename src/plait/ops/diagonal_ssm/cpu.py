@@ -14,8 +14,8 @@ from torch import Tensor
 
 from plait.ops.chunks import no_autocast
 from plait.ops.diagonal_ssm import cpu_kernels
-from plait.ops.numba_support import direct, flat, run
-from plait.ops.segments import segments
+from plait.ops.numba_run import direct, flat, numbers, run, tokens, written
+from plait.ops.segments import count_sequences, segments
 from plait.ops.tiles import LANES
 
 _TASKS = 64
@@ -65,9 +65,9 @@ def _compute(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state (S, E, N, pair), and for backward the states entering blocks, in tiles."""
-    n_seq, (_, length, channels) = _n_seq(x, cu_seqlens), x.shape
+    n_seq, (_, length, channels) = count_sequences(x, cu_seqlens), x.shape
     table, used = segments(n_seq, length, cu_seqlens, cpu_kernels.BLOCK)
-    y = x.new_empty(x.shape, dtype=_written(x))
+    y = x.new_empty(x.shape, dtype=written(x))
     final = x.new_empty(n_seq, *dA.shape, dtype=torch.float32)
     marks = x.new_empty(_marks(x, dA, save), dtype=torch.float32)
     marks[used:] = 0
@@ -80,11 +80,11 @@ def _compute(
         True if dA.shape[2] == 2 else None,
         sizes,
         table,
-        *_tokens(x),
+        *tokens(x),
         *_decays(dA),
-        *(_numbers(t, 0) for t in (B, C)),
-        _numbers(D, channels),
-        _numbers(initial, 0),
+        *(numbers(t, 0) for t in (B, C)),
+        numbers(D, channels),
+        numbers(initial, 0),
         *(flat(t) for t in (y, final, marks)),
     )
     return y.to(x.dtype), final, marks
@@ -97,7 +97,7 @@ _forward = torch.library.custom_op("plait::diagonal_ssm_cpu", _compute, mutates_
 def _(x, dA, B, C, D, initial, cu_seqlens, save):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape),
-        x.new_empty(_n_seq(x, cu_seqlens), *dA.shape, dtype=torch.float32),
+        x.new_empty(count_sequences(x, cu_seqlens), *dA.shape, dtype=torch.float32),
         x.new_empty(_marks(x, dA, save), dtype=torch.float32),
     )
 
@@ -116,14 +116,14 @@ def _backward(
     marks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dA, B, C, D and the initial state; empty for what was not given."""
-    n_seq, (_, length, channels) = _n_seq(x, cu_seqlens), x.shape
+    n_seq, (_, length, channels) = count_sequences(x, cu_seqlens), x.shape
     table, used = segments(n_seq, length, cu_seqlens, cpu_kernels.BLOCK)
     if used > marks.shape[0]:
         raise RuntimeError("diagonal_ssm: backward needs the states that forward was told not to keep")
     shape, sizes, tasks = _tiling(x, dA, n_seq, 4 // dA.shape[2])  # more would not stay in registers
     parts = sizes[-1]
     decay, rest = _decays(dA)
-    dx = x.new_empty(x.shape, dtype=_written(x))
+    dx = x.new_empty(x.shape, dtype=written(x))
     dinitial = x.new_empty(n_seq, *dA.shape, dtype=torch.float32)
     dp, db, dc = (x.new_empty(parts, *dA.shape, dtype=torch.float32) for _ in "pbc")
     dskip = x.new_empty(parts, channels, dtype=torch.float32)
@@ -135,12 +135,12 @@ def _backward(
         True if dA.shape[2] == 2 else None,
         sizes,
         table,
-        *_tokens(x, dy),
+        *tokens(x, dy),
         decay,
         rest,
-        *(_numbers(t, 0) for t in (B, C)),
-        _numbers(D, channels),
-        *(_numbers(t, 0) for t in (initial, dfinal)),
+        *(numbers(t, 0) for t in (B, C)),
+        numbers(D, channels),
+        *(numbers(t, 0) for t in (initial, dfinal)),
         flat(marks),
         *(flat(t) for t in (dx, dinitial, dp, db, dc, dskip)),
     )
@@ -181,10 +181,6 @@ def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tu
 _forward.register_autograd(_gradients, setup_context=_remember)
 
 
-def _n_seq(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _tiling(x: Tensor, dA: Tensor, n_seq: int, rows: int) -> tuple[Any, tuple[int, ...], int]:
     """The type of a tile of at most so many states, the sizes for the kernels, and how many tasks there are."""
     (_, length, channels), (states, pair) = x.shape, dA.shape[1:]
@@ -220,21 +216,3 @@ def _decays(dA: Tensor) -> tuple[np.ndarray, np.ndarray]:
         size = size * size
     rest = torch.where(size > 1e-30, missing / size, 0)
     return flat(rounded.contiguous()), flat(rest.float().contiguous())
-
-
-def _written(x: Tensor) -> torch.dtype:
-    """The dtype that the kernels write for x: its own, or float32 where they have no other."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-
-
-def _tokens(*tensors: Tensor) -> list[Any]:
-    """Each (S, T, E) as a flat array and its first two strides: all bfloat16 or all float32, channels together."""
-    if not all(t.dtype == torch.bfloat16 for t in tensors):
-        tensors = tuple(t.float() for t in tensors)
-    together = (t if t.numel() == 0 or t.stride(2) == 1 else t.contiguous() for t in tensors)
-    return [item for t in together for item in (flat(t), t.stride()[:2])]
-
-
-def _numbers(t: Tensor | None, count: int) -> np.ndarray:
-    """All elements in order, as float32; so many zeros for None."""
-    return np.zeros(count, np.float32) if t is None else flat(t.detach().float().contiguous())

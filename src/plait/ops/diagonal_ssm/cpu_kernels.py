@@ -30,7 +30,7 @@ from plait.ops.numba_support import prefetch
 from plait.ops.tile_math import row_read, row_write, rowwise, tile_zero
 from plait.ops.tiles import LANES, tile_load, tile_store
 
-TILES = "85a2ed45"
+TILES = "e7660550"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": True}

@@ -26,11 +26,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from plait.ops.diagonal_ssm.gpu_tiles import (
+    CHANNELS,
+    TILE,
+    load_given,
+    load_pair,
+    mended,
+    one_back,
+    one_step,
+    store_given,
+    store_pair,
+)
 from plait.ops.triton_chunks import SIZES, bounds_of, first_beyond, load_rows, place, store_rows
-
-TILE = tl.constexpr(16)
-CHANNELS = tl.constexpr(32)
-BOTH = tl.constexpr(2)  # parts of each number of `weights`, also of real ones
 
 
 @triton.jit
@@ -75,82 +82,6 @@ def prepare_kernel(a_p, b_p, c_p, w_p, channels, chunk_tokens, STATES: tl.conste
     if PAIR == 2:
         rest_im = tl.where(known, (re * missing_im - im * missing) / square, 0.0)
         tl.store(to + 7 * area, rest_im.to(tl.float32), mask=live)
-
-
-@triton.jit
-def load_pair(p, k, area, live, PAIR: tl.constexpr):
-    """Number k of `weights` or of a state: the real and the imaginary part, zero if there is none."""
-    re = tl.load(p + BOTH * k * area, mask=live, other=0.0)
-    im = re * 0.0
-    if PAIR == 2:
-        im = tl.load(p + (BOTH * k + 1) * area, mask=live, other=0.0)
-    return re, im
-
-
-@triton.jit
-def store_pair(p, re, im, area, live, PAIR: tl.constexpr):
-    """Write a state."""
-    tl.store(p, re, mask=live)
-    if PAIR == 2:
-        tl.store(p + area, im, mask=live)
-
-
-@triton.jit
-def load_given(p, sequence, n, channel, channels, live, STATES: tl.constexpr, PAIR: tl.constexpr):
-    """State n of a sequence in a tensor (S, E, N, PAIR)."""
-    at = ((tl.cast(sequence, tl.int64) * channels + channel) * STATES + n) * PAIR
-    re = tl.load(p + at, mask=live, other=0.0).to(tl.float32)
-    im = re * 0.0
-    if PAIR == 2:
-        im = tl.load(p + at + 1, mask=live, other=0.0).to(tl.float32)
-    return re, im
-
-
-@triton.jit
-def store_given(p, re, im, sequence, n, channel, channels, live, STATES: tl.constexpr, PAIR: tl.constexpr):
-    """Write what `load_given` reads."""
-    at = ((tl.cast(sequence, tl.int64) * channels + channel) * STATES + n) * PAIR
-    tl.store(p + at, re.to(p.dtype.element_ty), mask=live)
-    if PAIR == 2:
-        tl.store(p + at + 1, im.to(p.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def mended(re, im, w_p, area, live, count, BACK: tl.constexpr, PAIR: tl.constexpr):
-    """A state times (p / float32(p))^count, to first order; BACK: times the conjugate."""
-    rest, rest_im = load_pair(w_p, 3, area, live, PAIR)
-    rest = 1.0 + rest * count
-    new = re * rest
-    if PAIR == 2:
-        rest_im *= count
-        if BACK:
-            rest_im = -rest_im
-        new -= im * rest_im
-        im = im * rest + re * rest_im
-    return new, im
-
-
-@triton.jit
-def one_step(re, im, p, pi, b, bi, x, alive, PAIR: tl.constexpr):
-    """h_t; h_{t-1} where the token is not alive."""
-    new = p * re + b * x
-    if PAIR == 2:
-        new -= pi * im
-        im = tl.where(alive, p * im + (pi * re + bi * x), im)
-    return tl.where(alive, new, re), im
-
-
-@triton.jit
-def one_back(re, im, p, pi, c, ci, dy, PAIR: tl.constexpr):
-    """v_t, and what it passes back, from what v_{t+1} passed back."""
-    re = re + c * dy
-    back = p * re
-    back_im = im
-    if PAIR == 2:
-        im = im + ci * dy
-        back += pi * im
-        back_im = p * im - pi * re
-    return re, im, back, back_im
 
 
 @triton.jit(do_not_specialize=SIZES)

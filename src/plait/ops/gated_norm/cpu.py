@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.ops.gated_norm import cpu_kernels
-from plait.ops.numba_support import direct, flat, rows, run
+from plait.ops.numba_run import direct, flat, rows, run, weights
 
 _KNOWN = (torch.float32, torch.bfloat16)
 
@@ -62,7 +62,7 @@ def _compute(
         *x.shape,
         *rows(x),
         *((None, 0) if z is None else rows(z)),
-        _weights(x, weight),
+        weights(x.shape[1], weight),
         flat(y),
         flat(scales),
         size,
@@ -109,7 +109,7 @@ def _backward(
         *rows(dy),
         *rows(x),
         *((None, 0) if z is None else rows(z)),
-        _weights(x, weight),
+        weights(x.shape[1], weight),
         flat(scales),
         flat(dx),
         None if z is None else flat(dz),
@@ -167,10 +167,3 @@ def _outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _gradients(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of x, z and weight."""
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, z, weight))  # type: ignore[return-value]
-
-
-def _weights(x: Tensor, weight: Tensor | None) -> Any:
-    """The weights (E,) as float32; ones for None."""
-    if weight is None:
-        return np.ones(x.shape[1], np.float32)
-    return flat(weight.float().contiguous())

@@ -20,7 +20,7 @@ from plait.ops.numba_team import Kernel, doubles, floats, halves, integers
 from plait.ops.tile_math import row_read, rowwise, tile_zero
 from plait.ops.tiles import LANES, copy, tile_dots
 
-TILES = "ca65909d"
+TILES = "dc2e9b06"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 _ONE = np.float32(1)
 _ALONE, _LONG, _SQUARE = ((0,),), ((0,),) * 8, ((0,),) * 4

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from plait.ops.numba_support import direct, flat, run
-from plait.ops.segments import segments
+from plait.ops.numba_run import direct, flat, numbers, run, tokens, written
+from plait.ops.segments import count_sequences, segments
 from plait.ops.selective_scan import cpu_kernels
 from plait.ops.tiles import LANES
 
@@ -65,11 +65,11 @@ def _compute(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and for backward the states entering blocks (S*T // Q, blocks, N padded, 16)."""
-    n_seq, (n_rows, length, channels) = _n_seq(x, cu_seqlens), x.shape
+    n_seq, (n_rows, length, channels) = count_sequences(x, cu_seqlens), x.shape
     states, groups = A.shape[1], _groups(B)
     table, used = segments(n_seq, length, cu_seqlens, BLOCK)
     blocks, deep, tile_rows = _tiling(channels, groups, states)
-    y = x.new_empty(x.shape, dtype=_written(x))
+    y = x.new_empty(x.shape, dtype=written(x))
     final = x.new_empty(n_seq, channels, states, dtype=torch.float32)
     marks = x.new_empty(_saved(n_rows, length, save), blocks, deep, LANES, dtype=torch.float32)
     marks[used:] = 0
@@ -82,10 +82,10 @@ def _compute(
         ((0,),) * tile_rows,
         (length, channels, groups, states, deep, BLOCK, blocks, share),
         table,
-        *_tokens(x, dt, x.new_empty(0, 0, 0) if z is None else z),
+        *tokens(x, dt, x.new_empty(0, 0, 0) if z is None else z),
         *(_keys(t, deep) for t in (B, C)),
-        *(_numbers(t, channels) for t in (A, D, dt_bias)),
-        _numbers(initial, 0),
+        *(numbers(t, channels) for t in (A, D, dt_bias)),
+        numbers(initial, 0),
         softplus,
         z is not None,
         *(flat(t) for t in (y, final, marks)),
@@ -102,7 +102,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, softplus, save):  # ty
     blocks, deep, _ = _tiling(channels, _groups(B), A.shape[1])
     return (
         x.new_empty(x.shape),
-        x.new_empty(_n_seq(x, cu_seqlens), channels, A.shape[1], dtype=torch.float32),
+        x.new_empty(count_sequences(x, cu_seqlens), channels, A.shape[1], dtype=torch.float32),
         x.new_empty(_saved(rows, length, save), blocks, deep, LANES, dtype=torch.float32),
     )
 
@@ -125,15 +125,15 @@ def _backward(
     marks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; empty for what was not given."""
-    n_seq, (n_rows, length, channels) = _n_seq(x, cu_seqlens), x.shape
+    n_seq, (n_rows, length, channels) = count_sequences(x, cu_seqlens), x.shape
     states, groups = A.shape[1], _groups(B)
     table, used = segments(n_seq, length, cu_seqlens, BLOCK)
     if used > marks.shape[0]:
         raise RuntimeError("selective_scan: backward needs the states that forward was told not to keep")
     blocks, deep, _ = _tiling(channels, groups, states)
     parts = -(-(blocks // groups) // SHARE)
-    dx, ddt = (x.new_empty(x.shape, dtype=_written(x)) for _ in "xd")
-    dz = x.new_empty(x.shape if z is not None else (0,), dtype=_written(x))
+    dx, ddt = (x.new_empty(x.shape, dtype=written(x)) for _ in "xd")
+    dz = x.new_empty(x.shape if z is not None else (0,), dtype=written(x))
     db, dc = (x.new_empty(parts, n_rows, length, groups, deep, dtype=torch.float32) for _ in "bc")
     da, dinitial = (x.new_empty(n_seq, channels, states, dtype=torch.float32) for _ in "as")
     sums = x.new_zeros(n_seq, 2, channels, dtype=torch.float32)
@@ -144,10 +144,10 @@ def _backward(
         ((0,),) * min(deep, _BACKWARD_ROWS),
         (length, channels, groups, states, deep, BLOCK, blocks, SHARE, parts),
         table,
-        *_tokens(x, dt, x.new_empty(0, 0, 0) if z is None else z, dy),
+        *tokens(x, dt, x.new_empty(0, 0, 0) if z is None else z, dy),
         *(_keys(t, deep) for t in (B, C)),
-        *(_numbers(t, channels) for t in (A, D, dt_bias)),
-        *(_numbers(t, 0) for t in (initial, dfinal)),
+        *(numbers(t, channels) for t in (A, D, dt_bias)),
+        *(numbers(t, 0) for t in (initial, dfinal)),
         flat(marks),
         softplus,
         z is not None,
@@ -193,10 +193,6 @@ _FORWARD_ROWS, _BACKWARD_ROWS = 16, 8
 """States a tile: forward keeps h and A in registers, backward four tiles, which wider ones would spill."""
 
 
-def _n_seq(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _groups(B: Tensor) -> int:
     return B.shape[2] if B.dim() == 4 else 1
 
@@ -214,19 +210,6 @@ def _saved(rows: int, length: int, save: bool) -> int:
     return rows * (length // BLOCK) if save else 0
 
 
-def _written(x: Tensor) -> torch.dtype:
-    """The dtype that the kernels write for x: its own, or float32 where they have no other."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-
-
-def _tokens(*tensors: Tensor) -> list[Any]:
-    """Each (S, T, E) as a flat array and its first two strides: all bfloat16 or all float32, channels together."""
-    if not all(t.dtype == torch.bfloat16 for t in tensors):
-        tensors = tuple(t.float() for t in tensors)
-    together = (t if t.numel() == 0 or t.stride(2) == 1 else t.contiguous() for t in tensors)
-    return [item for t in together for item in (flat(t), t.stride()[:2])]
-
-
 def _keys(B: Tensor, deep: int) -> np.ndarray:
     """B or C as float32 (S, T, G, N padded with zeros), flat."""
     missing = deep - B.shape[-1]
@@ -236,8 +219,3 @@ def _keys(B: Tensor, deep: int) -> np.ndarray:
 def _keys_gradient(parts: Tensor, B: Tensor) -> Tensor:
     """The sum of the tasks' summands (parts, S, T, G, N padded), as B or C is."""
     return parts.sum(0)[..., : B.shape[-1]].reshape(B.shape).to(B.dtype).contiguous()
-
-
-def _numbers(t: Tensor | None, count: int) -> np.ndarray:
-    """All elements in order, as float32; so many zeros for None."""
-    return np.zeros(count, np.float32) if t is None else flat(t.detach().float().contiguous())

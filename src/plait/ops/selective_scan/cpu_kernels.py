@@ -39,7 +39,7 @@ from plait.ops.tile_math import (
 )
 from plait.ops.tiles import LANES, tile_dots, tile_load, tile_store
 
-TILES = "85a2ed45"
+TILES = "e7660550"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": True}
@@ -64,7 +64,7 @@ def _buffer(count: int) -> Any:
 
 
 @njit(**INLINE)
-def _softplus(x: Any) -> Any:
+def apply_softplus(x: Any) -> Any:
     """log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|; log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3."""
     high = tile_clip(x, _ZERO, _HUGE)
     u = tile_exp2((x - high - high) * _LOG2_E)
@@ -171,7 +171,7 @@ def forward(
                     )
                     u, d = row_read(x, of_x, mask), row_read(dt, of_dt, mask) + offset
                     if softplus:
-                        d = _softplus(d)
+                        d = apply_softplus(d)
                     row_write(ds, at, d, None)
                     row_write(dxs, at, d * u, None)
                     row_write(ys, at, through * u, None)
@@ -283,7 +283,7 @@ def backward(
                     )
                     if softplus:
                         row_write(slopes, at, tile_sigmoid(d), None)
-                        d = _softplus(d)
+                        d = apply_softplus(d)
                     if gated:
                         of_z = row * z_step[0] + token * z_step[1] + e
                         gate = row_read(z, of_z, mask)

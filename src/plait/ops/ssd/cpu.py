@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.ops.numba_support import AVX512, direct, flat, run
+from plait.ops.numba_run import direct, flat, numbers, run, written
+from plait.ops.numba_support import AVX512
 from plait.ops.segments import segments
 from plait.ops.ssd import cpu_backward, cpu_kernels, portable, reduction
 from plait.ops.ssd.cpu_kernels import ROWS, SLABS
@@ -137,7 +138,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reduction.Scan`: y, the final states, and for backward the states entering blocks (blocks, H, padded)."""
     (tokens, heads, width), (rank, groups, size) = v.shape, k.shape[1:]
-    y = v.new_empty(tokens, rank, heads, width, dtype=_written(v))
+    y = v.new_empty(tokens, rank, heads, width, dtype=written(v))
     final = v.new_empty(n_seq, heads, width, size, dtype=torch.float32)
     marks = v.new_empty(
         _saved(tokens, n_seq, rank, cu_seqlens, save), heads, _area(width, size), dtype=torch.float32
@@ -160,7 +161,7 @@ def _compute(
         weights if d is None else flat(d.float().contiguous()),
         _skip(v, skip),
         _ranks(v, rank, ranks),
-        _numbers(initial),
+        numbers(initial),
         *(flat(t) for t in (y, final, marks)),
     )
     return y.to(v.dtype), final, marks
@@ -203,7 +204,7 @@ def _backward(
     if used > marks.shape[0]:
         raise RuntimeError("ssd: backward needs the states that forward was told not to keep")
     share, parts = _share(n_seq, heads, groups)
-    dv = v.new_empty(v.shape, dtype=_written(v))
+    dv = v.new_empty(v.shape, dtype=written(v))
     dk, dq = (v.new_empty(parts // groups, *k.shape, dtype=torch.float32) for _ in "kq")
     da, dw, dd = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in "awd")
     dinitial = v.new_empty(n_seq, heads, width, size, dtype=torch.float32)
@@ -217,14 +218,14 @@ def _backward(
         (length, heads, width, groups, size, rank, share, parts),
         table,
         *_values(v),
-        *_keys(dy.to(_written(v))),
+        *_keys(dy.to(written(v))),
         *_keys(k, q),
         flat(a.double().exp().contiguous()),
         weights,
         weights if d is None else flat(d.float().contiguous()),
         _skip(v, skip),
         _ranks(v, rank, ranks),
-        *(_numbers(t) for t in (initial, dfinal)),
+        *(numbers(t) for t in (initial, dfinal)),
         flat(marks),
         *(flat(t) for t in (dv, dk, dq, da, dw, dd, dinitial)),
         sums.reshape(-1),
@@ -322,11 +323,6 @@ def _share(n_seq: int, heads: int, groups: int) -> tuple[int, int]:
     return share, groups * -(-per_group // share)
 
 
-def _written(v: Tensor) -> torch.dtype:
-    """The dtype that the kernels write for v: its own, or float32 where they have no other."""
-    return torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-
-
 def _values(v: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """v (n, H, P) as a flat array and its first two strides."""
     return _flat(v if v.dtype == torch.bfloat16 else v.float(), 2)
@@ -346,24 +342,19 @@ def _flat(t: Tensor, strides: int) -> tuple[np.ndarray, tuple[int, ...]]:
     return flat(t), t.stride()[:strides]
 
 
-def _numbers(t: Tensor | None) -> np.ndarray:
-    """All elements in order, as float32; none for None."""
-    return np.empty(0, np.float32) if t is None else flat(t.detach().float().contiguous())
-
-
 def _skip(v: Tensor, skip: Tensor | None) -> np.ndarray:
     """D of every channel (H * P,); zeros for none."""
     shape = v.shape[1:]
     if skip is None:
         return np.zeros(shape.numel(), np.float32)
-    return _numbers(skip if skip.dim() == 2 else skip.unsqueeze(1).expand(shape))
+    return numbers(skip if skip.dim() == 2 else skip.unsqueeze(1).expand(shape))
 
 
 def _ranks(v: Tensor, rank: int, ranks: Tensor | None) -> np.ndarray:
     """m (H, R, P); ones for none, and nothing for one rank without it."""
     if ranks is None and rank > 1:
         return np.ones(rank * v.shape[1:].numel(), np.float32)
-    return _numbers(ranks)
+    return numbers(ranks)
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ from plait.ops.tiles import (
     tile_turn,
 )
 
-TILES = "85a2ed45"
+TILES = "e7660550"
 """Of the files the tiles are made of: a change there must change this one too, or Numba takes old kernels."""
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": True}
