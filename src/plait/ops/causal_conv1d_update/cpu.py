@@ -14,7 +14,10 @@ from plait.ops.numba_team import address, call
 def causal_conv1d_update(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
 ) -> Tensor:
-    """x (S, C), state (S, W-1, C), changed in place -> (S, C) in x's dtype, float32 or bfloat16."""
+    """x (S, C), state (S, W-1, C), changed in place -> (S, C) in x's dtype, float32 or bfloat16.
+
+    States in other dtypes, and traces of torch.compile, are served by `portable`'s operations.
+    """
     if state.dtype not in KNOWN or torch.compiler.is_compiling():
         return portable.causal_conv1d_update(x, state, weight, bias, activation=activation)
     y = x.new_empty(x.shape)

@@ -27,7 +27,10 @@ def norm_linear(
     group_size: int | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x (R, D), weight (O, D) -> (R, O) in x's dtype, float32 or bfloat16; sums are float32."""
+    """x (R, D), weight (O, D) -> (R, O) in x's dtype, float32 or bfloat16; sums are float32.
+
+    Many rows take torch's product, as do traces of torch.compile: `portable`'s operations.
+    """
     (rows, channels), outputs = x.shape, weight.shape[0]
     if rows > _MOST or torch.compiler.is_compiling():
         return portable.norm_linear(

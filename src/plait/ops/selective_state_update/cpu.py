@@ -25,7 +25,10 @@ def selective_state_update(
     dt_softplus: bool = False,
     dt_weight: Tensor | None = None,
 ) -> Tensor:
-    """Shapes as in `plait.ops.selective_state_update`; x float32 or bfloat16; the state is changed in place."""
+    """Shapes as in `plait.ops.selective_state_update`; x float32 or bfloat16; the state is changed in place.
+
+    States that are not float32, and traces of torch.compile, are served by `portable`'s operations.
+    """
     if state.dtype is not torch.float32 or torch.compiler.is_compiling():
         return portable.selective_state_update(
             x, dt, A, B, C, D, state, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_weight=dt_weight

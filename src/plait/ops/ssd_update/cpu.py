@@ -27,7 +27,10 @@ def ssd_update(
     ngroups: int,
     dt_limit: tuple[float, float],
 ) -> Tensor:
-    """Shapes as in `plait.ops.ssd_update`; xbc float32 or bfloat16; both states are changed in place."""
+    """Shapes as in `plait.ops.ssd_update`; xbc float32 or bfloat16; both states are changed in place.
+
+    States in other dtypes, and traces of torch.compile, are served by `portable`'s operations.
+    """
     known = conv_state is None or conv_state.dtype in KNOWN
     if ssm_state.dtype is not torch.float32 or not known or torch.compiler.is_compiling():
         return portable.ssd_update(
